@@ -1,0 +1,44 @@
+# klein: `make serve` and `make test` are all a newcomer needs.
+
+PYTHON ?= python3.11
+PORT ?= 3000
+VENV := .venv
+BIN := $(VENV)/bin
+export BENTOML_DO_NOT_TRACK := 1
+
+.PHONY: help serve test check lint clean
+
+help:
+	@echo "make serve   set up, then serve MODEL_ID (nano unless set) on PORT ($(PORT))"
+	@echo "make test    set up, then run the tests"
+	@echo "make check   ruff, mypy, the import layers and the tests: what CI runs"
+	@echo "make clean   remove the environment"
+
+serve: $(VENV)/.serve
+	MODEL_ID=$${MODEL_ID:-nano} $(BIN)/bentoml serve service:Klein --port $(PORT)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest tests/unit tests/doors
+	$(BIN)/python -m pytest tests/model tests/bundle
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: requirements.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.test: requirements-dev.txt $(VENV)/.serve
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,196 @@
+"""One GPU: a bounded queue and one worker thread that owns the pipeline.
+
+A job's way: `submit` refuses at once when the queue is full · the worker takes it · every step
+checks its deadline and its cancel flag · its future gets the result or a KleinError.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from enum import StrEnum
+from typing import Any
+
+from klein.core import GenerationResult, ImagePipeline, Job
+from klein.errors import InternalError, KleinError, NotReady, QueueFull
+
+log = logging.getLogger("bentoml.klein")
+
+
+class State(StrEnum):
+    """What readiness is made of."""
+
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+class Engine:
+    """Runs jobs one at a time on the pipeline that `load` returns, loaded in the background."""
+
+    def __init__(
+        self,
+        load: Callable[[], ImagePipeline],
+        *,
+        queue_size: int,
+        on_load_failed: Callable[[KleinError], None] = lambda _: None,
+    ) -> None:
+        self._load = load
+        self._on_load_failed = on_load_failed
+        self._queue_size = queue_size
+        self._waiting: deque[tuple[Job, Future[GenerationResult]]] = deque()
+        self._running: Job | None = None
+        self._wake = threading.Condition()
+        self._loaded = threading.Event()
+        self._pipeline: ImagePipeline | None = None
+        self.state = State.LOADING
+        self.error: KleinError | None = None
+        self._thread = threading.Thread(target=self._work, name="klein-gpu", daemon=True)
+
+    def start(self) -> "Engine":
+        """Begin to load. Jobs are refused with NotReady until that is done."""
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Cancel everything and end the worker; returns when the GPU is free."""
+        with self._wake:
+            self.state = State.STOPPED
+            for job, _ in self._waiting:
+                job.cancel()
+            if self._running:
+                self._running.cancel()
+            self._wake.notify_all()
+        self._thread.join()
+
+    def wait_ready(self, timeout: float | None = None) -> ImagePipeline:
+        """Block until the model is loaded; raises why it could not be."""
+        self._loaded.wait(timeout)
+        if self.error:
+            raise self.error
+        return self.pipeline
+
+    @property
+    def pipeline(self) -> ImagePipeline:
+        """The loaded pipeline; raises NotReady before that."""
+        if self._pipeline is None:
+            raise self.error or NotReady("the model is still loading: try again in a minute")
+        return self._pipeline
+
+    def facts(self) -> dict[str, Any]:
+        """State of the queue."""
+        with self._wake:
+            return {
+                "state": str(self.state),
+                "waiting": len(self._waiting),
+                "running": self._running is not None,
+                "queue_size": self._queue_size,
+            }
+
+    def submit(self, job: Job) -> Future[GenerationResult]:
+        """Queue `job`; raises NotReady or QueueFull at once."""
+        _ = self.pipeline
+        with self._wake:
+            if self.state is State.STOPPED:
+                raise NotReady("klein is shutting down: try another worker")
+            if len(self._waiting) >= self._queue_size:
+                raise QueueFull(
+                    f"{self._queue_size} jobs are waiting already: try again later, "
+                    "or raise KLEIN_QUEUE_SIZE"
+                )
+            future: Future[GenerationResult] = Future()
+            self._waiting.append((job, future))
+            self._wake.notify_all()
+        return future
+
+    async def run(self, job: Job) -> GenerationResult:
+        """Submit and wait. Cancelling the waiter cancels the job and waits for the GPU.
+
+        A job whose deadline passes while it waits in the queue fails then, not when its turn comes.
+        """
+        future = self.submit(job)
+        waiter = asyncio.wrap_future(future)
+        try:
+            done, _ = await asyncio.wait({waiter}, timeout=job.deadline - time.monotonic())
+            if not done:
+                self._drop(job)
+            return await waiter
+        except asyncio.CancelledError:
+            job.cancel()
+            self._drop(job)
+            await asyncio.wait({asyncio.wrap_future(future)})
+            raise
+
+    def cancel(self, job: Job) -> None:
+        """Stop `job` within one step, or take it out of the queue."""
+        job.cancel()
+        self._drop(job)
+
+    def _drop(self, job: Job) -> None:
+        """Fail a job that is over and still in the queue."""
+        with self._wake:
+            found = next((entry for entry in self._waiting if entry[0] is job), None)
+            if found is None or job.over is None:
+                return
+            self._waiting.remove(found)
+            found[1].set_exception(job.over)
+
+    # -- the worker thread ---------------------------------------------------------------------
+
+    def _work(self) -> None:
+        try:
+            self._pipeline = self._load()
+        except KleinError as error:
+            self._fail(error)
+            return
+        except Exception as error:
+            log.exception("the model could not be loaded")
+            self._fail(InternalError(f"loading failed with {type(error).__name__}: see the log"))
+            return
+        with self._wake:
+            if self.state is State.LOADING:
+                self.state = State.READY
+        self._loaded.set()
+        while taken := self._take():
+            self._run(*taken)
+
+    def _fail(self, error: KleinError) -> None:
+        self.error = error
+        self.state = State.FAILED
+        self._loaded.set()
+        self._on_load_failed(error)
+
+    def _take(self) -> tuple[Job, "Future[GenerationResult]"] | None:
+        with self._wake:
+            while not self._waiting:
+                if self.state is State.STOPPED:
+                    return None
+                self._wake.wait()
+            entry = self._waiting.popleft()
+            self._running = entry[0]
+            return entry
+
+    def _run(self, job: Job, future: "Future[GenerationResult]") -> None:
+        try:
+            job.check()
+            result = self.pipeline.generate(job)
+        except KleinError as error:
+            self._settle(future.set_exception, error)
+        except Exception as error:
+            log.exception("job %s failed", job.id)
+            self._settle(
+                future.set_exception,
+                InternalError(f"{type(error).__name__} inside klein: see its log for {job.id}"),
+            )
+        else:
+            self._settle(future.set_result, result)
+
+    def _settle(self, settle: Callable[[Any], None], outcome: Any) -> None:
+        """The GPU is free before anybody hears of the outcome."""
+        with self._wake:
+            self._running = None
+        settle(outcome)

@@ -1,0 +1,119 @@
+"""Everything that can go wrong, as a tree. It knows no HTTP; each door maps `ErrorCode` itself.
+
+KleinError
+├── InvalidRequest      the caller's fault; `field` names what to change
+│   └── LoraError       a LoRA that cannot be found, read or applied
+├── BadSetting          an environment variable with a value that cannot work
+├── ModelUnavailable    the model cannot be found, fetched or fitted into this machine
+├── NotReady            the model is still loading
+├── QueueFull           more jobs than the queue holds
+├── DeadlineExceeded    the job ran out of time
+├── Cancelled           the caller gave the job up
+├── OutOfMemory         the picture did not fit into memory
+├── OutputTooLarge      the result is larger than the platform carries
+├── DeliveryFailed      the bucket did not take the picture
+└── InternalError       a fault of klein itself
+"""
+
+from difflib import get_close_matches
+from enum import StrEnum
+from typing import ClassVar
+
+
+class ErrorCode(StrEnum):
+    """The closed list of codes that callers see."""
+
+    INVALID_REQUEST = "invalid_request"
+    LORA_FAILED = "lora_failed"
+    BAD_SETTING = "bad_setting"
+    MODEL_UNAVAILABLE = "model_unavailable"
+    NOT_READY = "not_ready"
+    QUEUE_FULL = "queue_full"
+    DEADLINE_EXCEEDED = "deadline_exceeded"
+    CANCELLED = "cancelled"
+    OUT_OF_MEMORY = "out_of_memory"
+    OUTPUT_TOO_LARGE = "output_too_large"
+    DELIVERY_FAILED = "delivery_failed"
+    INTERNAL = "internal"
+
+
+class KleinError(Exception):
+    """Base of all errors; `str(error)` is one sentence that names the way out."""
+
+    code: ClassVar[ErrorCode]
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+    def as_dict(self, request_id: str | None = None) -> dict[str, object]:
+        """The wire shape that every door shares."""
+        return {
+            "code": str(self.code),
+            "message": str(self),
+            "field": self.field,
+            "retryable": self.retryable,
+            "request_id": request_id,
+        }
+
+
+class InvalidRequest(KleinError):
+    code = ErrorCode.INVALID_REQUEST
+
+
+class LoraError(InvalidRequest):
+    code = ErrorCode.LORA_FAILED
+
+
+class BadSetting(KleinError):
+    code = ErrorCode.BAD_SETTING
+
+
+class ModelUnavailable(KleinError):
+    code = ErrorCode.MODEL_UNAVAILABLE
+
+
+class NotReady(KleinError):
+    code = ErrorCode.NOT_READY
+    retryable = True
+
+
+class QueueFull(KleinError):
+    code = ErrorCode.QUEUE_FULL
+    retryable = True
+
+
+class DeadlineExceeded(KleinError):
+    code = ErrorCode.DEADLINE_EXCEEDED
+    retryable = True
+
+
+class Cancelled(KleinError):
+    code = ErrorCode.CANCELLED
+
+
+class OutOfMemory(KleinError):
+    code = ErrorCode.OUT_OF_MEMORY
+    retryable = True
+
+
+class OutputTooLarge(KleinError):
+    code = ErrorCode.OUTPUT_TOO_LARGE
+
+
+class DeliveryFailed(KleinError):
+    code = ErrorCode.DELIVERY_FAILED
+    retryable = True
+
+
+class InternalError(KleinError):
+    code = ErrorCode.INTERNAL
+
+
+def unknown(kind: str, name: str, known: list[str]) -> str:
+    """One sentence for a name that is not in a table: the nearest known one, then all of them."""
+    words = {word.lower(): full for full in reversed(known) for word in (full, *full.split("_"))}
+    near = get_close_matches(name.lower(), list(words), n=1, cutoff=0.6)
+    hint = f"did you mean {words[near[0]]!r}? " if near else ""
+    return f"unknown {kind} {name!r}: {hint}known are {', '.join(known)}"

@@ -1,0 +1,1 @@
+"""What a LoRA is, told from its name and its file's header, without torch."""

@@ -1,0 +1,217 @@
+"""Decides, before a byte of weights is read, what to load, from where and how to place it.
+
+Everything that would stop the start half an hour later stops it here, with one sentence.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from klein import models
+from klein.errors import ModelUnavailable, unknown
+from klein.machine import Machine
+from klein.models import GB, ModelSpec
+from klein.settings import Offload, Settings
+
+NANO_FOLDER = Path(__file__).parent / "nano"
+WORKING_BYTES = 4 * GB
+"""What a 1024×1024 picture needs beside the weights: an estimate, on the generous side."""
+SEQUENTIAL_BYTES = 6 * GB
+
+ReadConfig = Callable[[str], dict[str, object]]
+"""File name in the model's repository or folder → its JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to load: `source` is a folder or a Hub id; `why` explains the placement."""
+
+    source: str
+    revision: str | None
+    spec: ModelSpec
+    device: str
+    offload: Offload
+    why: str
+    local: bool = False
+
+
+def plan(settings: Settings, machine: Machine) -> Plan:
+    """The plan for these settings on this machine; raises ModelUnavailable with the way out."""
+    folder = _folder(settings.model_id)
+    read = _folder_reader(folder) if folder else _hub_reader(settings)
+    known = models.known(settings.model_id)
+    spec = known or _identify(read)
+    device = _device(settings, machine, spec)
+    offload, why = place(settings, machine, spec, device)
+    if known:
+        read("model_index.json")
+    return Plan(
+        str(folder or spec.repo or settings.model_id),
+        None if folder else settings.model_revision,
+        spec,
+        device,
+        offload,
+        why,
+        local=folder is not None and settings.model_id != "nano",
+    )
+
+
+def lora_folder(settings: Settings) -> Path | None:
+    """The folder local LoRAs are read from: the setting, or the built-in model's own."""
+    if settings.lora_dir is None and settings.model_id == "nano":
+        return NANO_FOLDER / "loras"
+    return settings.lora_dir
+
+
+def _folder(model_id: str) -> Path | None:
+    """The local folder `model_id` names, or None for a Hub id."""
+    if model_id == "nano":
+        return NANO_FOLDER / "model"
+    path = Path(model_id).expanduser()
+    if path.is_dir():
+        return path
+    if models.known(model_id):
+        return None
+    if model_id.startswith((".", "/", "~")) or model_id.count("/") != 1:
+        names = [spec.repo or name for name, spec in models.MODELS.items()]
+        raise ModelUnavailable(
+            f"MODEL_ID: there is no folder {model_id!r}; {unknown('model', model_id, names)}",
+            field="MODEL_ID",
+        )
+    return None
+
+
+def _folder_reader(folder: Path) -> ReadConfig:
+    def read(name: str) -> dict[str, object]:
+        try:
+            return dict(json.loads((folder / name).read_text()))
+        except (OSError, ValueError) as error:
+            raise ModelUnavailable(
+                f"MODEL_ID: {folder.name!r} is not a diffusers model folder: "
+                f"{name} is missing or damaged",
+                field="MODEL_ID",
+            ) from error
+
+    return read
+
+
+def _hub_reader(settings: Settings) -> ReadConfig:
+    """Reads small files of a Hub repository through its cache; its errors are the way out."""
+    from huggingface_hub import errors, hf_hub_download
+
+    row = models.known(settings.model_id)
+    repo = (row.repo if row else None) or settings.model_id
+    token = settings.hf_token.value if settings.hf_token else None
+
+    def read(name: str) -> dict[str, object]:
+        try:
+            path = hf_hub_download(repo, name, revision=settings.model_revision, token=token)
+        except errors.GatedRepoError as error:
+            way = (
+                "accept its licence there with the account of your HF_TOKEN"
+                if token
+                else "accept its licence there and set HF_TOKEN"
+            )
+            raise ModelUnavailable(f"{repo} is gated: {way}", field="HF_TOKEN") from error
+        except errors.RepositoryNotFoundError as error:
+            raise ModelUnavailable(
+                f"{repo} is not on the Hub, or private: check MODEL_ID, set HF_TOKEN",
+                field="MODEL_ID",
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise ModelUnavailable(
+                f"{repo} has no revision {settings.model_revision!r}: check MODEL_REVISION",
+                field="MODEL_REVISION",
+            ) from error
+        except Exception as error:  # the Hub's client has changed its HTTP library before
+            raise ModelUnavailable(
+                f"{repo} is not in the cache and could not be fetched from the Hub "
+                f"({type(error).__name__}): check the network, or use MODEL_ID=nano",
+                field="MODEL_ID",
+            ) from error
+        return dict(json.loads(Path(path).read_text()))
+
+    return read
+
+
+def _identify(read: ReadConfig) -> ModelSpec:
+    """The row of a model that is not known by name, from its own configuration."""
+    index = read("model_index.json")
+    if index.get("_class_name") not in ("Flux2KleinPipeline", None):
+        raise ModelUnavailable(
+            f"this model is a {index['_class_name']}; klein serves Flux2KleinPipeline",
+            field="MODEL_ID",
+        )
+    config = read("transformer/config.json")
+
+    def number(name: str) -> int:
+        return int(str(config[name]))
+
+    try:
+        hidden = number("num_attention_heads") * number("attention_head_dim")
+        blocks = number("num_layers"), number("num_single_layers")
+    except (KeyError, ValueError) as error:
+        raise ModelUnavailable(
+            "transformer/config.json is not that of a FLUX.2 model", field="MODEL_ID"
+        ) from error
+    return models.by_geometry(hidden, *blocks, bool(index.get("is_distilled", False)))
+
+
+def _device(settings: Settings, machine: Machine, spec: ModelSpec) -> str:
+    if settings.device == "cuda" and not machine.gpus:
+        raise ModelUnavailable(
+            "KLEIN_DEVICE=cuda, but there is no NVIDIA GPU here (or no driver); "
+            "in Docker, start with --gpus all",
+            field="KLEIN_DEVICE",
+        )
+    device = settings.device if settings.device != "auto" else "cuda" if machine.gpus else "cpu"
+    if device == "cpu" and spec.needs_gpu and settings.device == "auto":
+        raise ModelUnavailable(
+            f"{spec.name} needs an NVIDIA GPU and there is none here: use MODEL_ID=nano to try "
+            "klein on the CPU, or KLEIN_DEVICE=cpu to wait hours for a picture",
+            field="MODEL_ID",
+        )
+    if device == "cpu" and machine.memory_free < spec.resident_bytes * 2:
+        raise ModelUnavailable(
+            f"{spec.name} on the CPU needs {_gb(spec.resident_bytes * 2)} of memory and "
+            f"{_gb(machine.memory_free)} are free",
+            field="MODEL_ID",
+        )
+    return device
+
+
+def place(
+    settings: Settings, machine: Machine, spec: ModelSpec, device: str
+) -> tuple[Offload, str]:
+    """How to spread the weights, and why; raises ModelUnavailable if they fit nowhere."""
+    if device == "cpu":
+        return "none", "on the CPU"
+    free = machine.gpus[0].free
+    needs: dict[Offload, int] = {
+        "none": spec.resident_bytes + WORKING_BYTES,
+        "model": max(spec.transformer_bytes, spec.text_encoder_bytes) + WORKING_BYTES,
+        "sequential": min(SEQUENTIAL_BYTES, spec.resident_bytes + WORKING_BYTES),
+    }
+    allowed = [x for x in needs if settings.offload in ("auto", x)]
+    fitting = next((x for x in allowed if needs[x] <= free), None)
+    if fitting is None:
+        least = needs[allowed[-1]]
+        hint = "; KLEIN_OFFLOAD=auto would decide by itself" if settings.offload != "auto" else ""
+        raise ModelUnavailable(
+            f"{spec.name} needs {_gb(least)} of GPU memory with offload {allowed[-1]!r}, and "
+            f"{_gb(free)} are free: use a larger GPU or klein-base-4B{hint}",
+            field="KLEIN_OFFLOAD",
+        )
+    if fitting != "none" and machine.memory_free < spec.resident_bytes:
+        raise ModelUnavailable(
+            f"offload {fitting!r} keeps {_gb(spec.resident_bytes)} of weights in main memory and "
+            f"{_gb(machine.memory_free)} are free",
+            field="KLEIN_OFFLOAD",
+        )
+    placed = "resident on the GPU" if fitting == "none" else f"{fitting} offload"
+    return fitting, f"{placed}: {_gb(needs[fitting])} needed, {_gb(free)} free"
+
+
+def _gb(size: int) -> str:
+    return f"{size / GB:.1f} GB"

@@ -1,0 +1,40 @@
+"""The presets: one row each, which schema, command line, `GET /presets` and README follow."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Values for whatever a request leaves open. Sizes are pixels at a native size of 1024."""
+
+    name: str
+    purpose: str
+    num_inference_steps: int
+    guidance_scale: float
+    width: int
+    height: int
+    schedule: str = "bfl"
+    max_sequence_length: int = 512
+
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset("realistic_character", "natural skin for character LoRAs", 28, 2.5, 1024, 1024),
+        Preset("portrait_hd", "tall portraits", 30, 3.0, 1024, 1536),
+        Preset("cinematic_full", "wide scenes", 28, 3.5, 1536, 1024),
+        Preset("fast_preview", "trying prompts", 15, 3.0, 1024, 1024),
+        Preset("maximum_quality", "final pictures", 50, 3.5, 1024, 1024),
+        Preset(
+            "match_training_preview",
+            "looks like the samples of ai-toolkit",
+            30,
+            4.0,
+            1024,
+            1024,
+            schedule="ai_toolkit",
+        ),
+    )
+}
+
+DEFAULT_PRESET = "realistic_character"

@@ -1,0 +1,111 @@
+"""From a request to parameters. Pure: the model's row and the random source are passed in."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from klein import sizes
+from klein.core import GenerationParams
+from klein.errors import InvalidRequest
+from klein.lora.reference import LoraSpec
+from klein.models import ModelSpec
+from klein.presets import DEFAULT_PRESET, PRESETS, Preset
+from klein.request import GenerateRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """The parameters, and a sentence for each thing that was changed on the way to them."""
+
+    params: GenerationParams
+    warnings: tuple[str, ...]
+
+
+def resolve(request: GenerateRequest, model: ModelSpec, draw_seed: Callable[[], int]) -> Resolved:
+    """Fill what `request` leaves open: its own values first, then a distilled model's, then the
+    preset's. Raises InvalidRequest for a size no picture can have."""
+    preset = PRESETS[request.preset or DEFAULT_PRESET]
+    warnings: list[str] = []
+    width, height = _size(request, preset, model, warnings)
+    params = GenerationParams(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt or "",
+        preset=preset.name,
+        width=width,
+        height=height,
+        num_inference_steps=_first(
+            request.num_inference_steps, model.num_inference_steps, preset.num_inference_steps
+        ),
+        guidance_scale=_guidance(request, preset, model, warnings),
+        seed=_first(request.seed, draw_seed() if request.seed is None else None),
+        num_images=request.num_images,
+        loras=_loras(request, warnings),
+        lora_error=request.lora_error,
+        schedule=_first(request.schedule, preset.schedule),
+        max_sequence_length=_sequence(request, preset, model, warnings),
+        output_format=request.output_format,
+        output_quality=request.output_quality,
+        return_type=request.return_type,
+    )
+    return Resolved(params, tuple(warnings))
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
+
+
+def _size(
+    request: GenerateRequest, preset: Preset, model: ModelSpec, warnings: list[str]
+) -> tuple[int, int]:
+    own = sizes.scale_to(preset.width, preset.height, model.native_size)
+    asked = (_first(request.width, own[0]), _first(request.height, own[1]))
+    size = (sizes.nearest(asked[0]), sizes.nearest(asked[1]))
+    if why := sizes.fault(*asked) or sizes.fault(*size):
+        field = "height" if request.width is None else "width"
+        raise InvalidRequest(f"{field}: {why}", field=field)
+    if size != asked:
+        warnings.append(
+            f"size {asked[0]}×{asked[1]} was rounded to {size[0]}×{size[1]}: "
+            f"sides are multiples of {sizes.MULTIPLE}"
+        )
+    return size
+
+
+def _guidance(
+    request: GenerateRequest, preset: Preset, model: ModelSpec, warnings: list[str]
+) -> float:
+    guidance = float(_first(request.guidance_scale, model.guidance_scale, preset.guidance_scale))
+    if model.distilled and guidance > 1:
+        warnings.append(
+            f"guidance_scale {guidance:g} has no effect: {model.name} is distilled and draws at 1"
+        )
+        guidance = 1.0
+    if guidance <= 1 and request.negative_prompt:
+        warnings.append(
+            "negative_prompt has no effect: it acts only while guidance_scale is above 1"
+        )
+    return guidance
+
+
+def _sequence(
+    request: GenerateRequest, preset: Preset, model: ModelSpec, warnings: list[str]
+) -> int:
+    if (request.max_sequence_length or 0) > model.max_sequence_length:
+        warnings.append(
+            f"max_sequence_length {request.max_sequence_length} was lowered to "
+            f"{model.max_sequence_length}, the most {model.name} was made for"
+        )
+    wanted: int = _first(request.max_sequence_length, preset.max_sequence_length)
+    return min(wanted, model.max_sequence_length)
+
+
+def _loras(request: GenerateRequest, warnings: list[str]) -> tuple[LoraSpec, ...]:
+    specs = [LoraSpec(**lora.model_dump()) for lora in request.loras]
+    if request.lora_path:
+        scale = 1.0 if request.lora_scale is None else request.lora_scale
+        specs.append(LoraSpec(request.lora_path, scale))
+    elif request.lora_scale not in (None, 1.0):
+        warnings.append(
+            "lora_scale has no effect without lora_path: in `loras` each entry has its own scale"
+        )
+    return tuple(specs)

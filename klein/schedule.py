@@ -1,0 +1,66 @@
+"""The time shift: how the noise levels of a run are spread, as pure functions.
+
+A run of N steps takes the uniform grid t = 1, 1 - 1/N, …, 1/N and bends it:
+
+    sigma(t) = e^mu / (e^mu + 1/t - 1)
+
+A larger mu spends more of the steps at high noise, where composition is decided. The named
+schedules differ in mu alone, which depends on the number of image tokens (width/16 · height/16).
+"""
+
+import math
+
+MU_RANGE = (-2.0, 8.0)
+BFL_LIMIT = 4300
+"""Tokens above which Black Forest Labs' formula drops to the FLUX.1 line: at 28 steps mu falls
+from 2.15 to 1.19 between 1024×1072 and 1024×1088, and pictures change their look with it."""
+
+# The FLUX.1 line: mu 0.5 at 256 tokens, 1.15 at 4096.
+_BASE_TOKENS, _MAX_TOKENS, _BASE_SHIFT, _MAX_SHIFT = 256, 4096, 0.5, 1.15
+_SLOPE = (_MAX_SHIFT - _BASE_SHIFT) / (_MAX_TOKENS - _BASE_TOKENS)
+
+
+def bfl_mu(image_tokens: int, num_inference_steps: int) -> float:
+    """mu of Black Forest Labs' sampler and of diffusers (`compute_empirical_mu`)."""
+    at_200 = 0.00016927 * image_tokens + 0.45666666
+    if image_tokens > BFL_LIMIT:
+        return at_200
+    at_10 = 8.73809524e-05 * image_tokens + 1.89833333
+    return at_200 + (at_10 - at_200) * (200 - num_inference_steps) / 190
+
+
+def ai_toolkit_mu(image_tokens: int, num_inference_steps: int = 0) -> float:
+    """mu of ai-toolkit's training previews: the FLUX.1 line, whatever the number of steps."""
+    return _BASE_SHIFT + _SLOPE * (image_tokens - _BASE_TOKENS)
+
+
+def linear_mu(image_tokens: int, num_inference_steps: int = 0) -> float:
+    """mu as klein's predecessor documented it, with `image_seq_len` counted in image tokens.
+
+    It leaves the 256 base tokens out of the line, so it lies 0.0433 above `ai_toolkit_mu`.
+    """
+    return _SLOPE * image_tokens + _BASE_SHIFT
+
+
+SCHEDULES = {
+    "bfl": (bfl_mu, "as Black Forest Labs and diffusers sample; the default"),
+    "ai_toolkit": (ai_toolkit_mu, "as ai-toolkit draws the previews of a LoRA in training"),
+    "linear": (linear_mu, "as klein's predecessor documented its shift"),
+}
+
+Schedule = str | float
+"""A name from SCHEDULES, or mu itself."""
+
+
+def mu_of(schedule: Schedule, image_tokens: int, num_inference_steps: int) -> float:
+    """mu that `schedule` gives a picture of that many image tokens in that many steps."""
+    if isinstance(schedule, str):
+        return SCHEDULES[schedule][0](image_tokens, num_inference_steps)
+    return schedule
+
+
+def sigmas(mu: float, num_inference_steps: int) -> list[float]:
+    """The noise levels of a run, from 1 down to the last one before 0; N values."""
+    shift = math.exp(mu)
+    grid = (1 - i / num_inference_steps for i in range(num_inference_steps))
+    return [shift / (shift + 1 / t - 1) for t in grid]

@@ -1,0 +1,145 @@
+"""The settings of a deployment: one table row each, read once from the environment by a door."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from klein.errors import BadSetting, unknown
+
+Offload = Literal["auto", "none", "model", "sequential"]
+OFFLOADS: tuple[Offload, ...] = ("auto", "none", "model", "sequential")
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Secret:
+    """A value that never shows itself in a log or a traceback."""
+
+    value: str
+
+    def __repr__(self) -> str:
+        return "Secret(***)"
+
+
+def _choice(*allowed: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.lower() not in allowed:
+            raise ValueError(f"must be one of {', '.join(allowed)}")
+        return text.lower()
+
+    return parse
+
+
+def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError(f"must be between {low:g} and {high:g}")
+        return value
+
+    return parse
+
+
+def _switch(text: str) -> bool:
+    return _choice("on", "off")(text) == "on"
+
+
+def _folder(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        raise ValueError("is not a folder")
+    return path
+
+
+def _setting(name: str, default: Any, parse: Callable[[str], Any], doc: str) -> Any:
+    return field(default=default, metadata={"env": name, "parse": parse, "doc": doc})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the operator decided. Every field is an environment variable; an empty one is unset."""
+
+    model_id: str = _setting(
+        "MODEL_ID",
+        "black-forest-labs/FLUX.2-klein-base-9B",
+        str,
+        "Hub id, a local folder, or `nano`, the built-in model",
+    )
+    model_revision: str | None = _setting(
+        "MODEL_REVISION", None, str, "commit, tag or branch of the Hub repository"
+    )
+    hf_token: Secret | None = _setting(
+        "HF_TOKEN", None, Secret, "Hugging Face token for gated models and private LoRAs"
+    )
+    device: str = _setting(
+        "KLEIN_DEVICE", "auto", _choice("auto", "cuda", "cpu"), "`auto`, `cuda` or `cpu`"
+    )
+    offload: Offload = _setting(
+        "KLEIN_OFFLOAD",
+        "auto",
+        _choice(*OFFLOADS),
+        "`auto` (from free GPU memory), `none`, `model` or `sequential`",
+    )
+    vae_slicing: bool = _setting(
+        "KLEIN_VAE_SLICING", False, _switch, "`on` decodes a batch one picture at a time"
+    )
+    vae_tiling: str = _setting(
+        "KLEIN_VAE_TILING",
+        "auto",
+        _choice("auto", "on", "off"),
+        "`auto` (only when a decode would not fit), `on` or `off`",
+    )
+    lora_dir: Path | None = _setting(
+        "KLEIN_LORA_DIR", None, _folder, "the only folder local LoRAs are read from"
+    )
+    queue_size: int = _setting(
+        "KLEIN_QUEUE_SIZE", 8, _number(int, 1, 1000), "jobs that may wait; more are refused at once"
+    )
+    timeout: float = _setting(
+        "KLEIN_TIMEOUT", 900.0, _number(float, 1, 86400), "seconds a job may take, waiting included"
+    )
+    max_response_mb: float = _setting(
+        "KLEIN_MAX_RESPONSE_MB",
+        10.0,
+        _number(float, 0.1, 1000),
+        "largest RunPod result in MB (RunPod drops larger ones)",
+    )
+    s3_endpoint: str | None = _setting(
+        "KLEIN_S3_ENDPOINT", None, str, "S3 endpoint URL for `return_type: url`"
+    )
+    s3_bucket: str | None = _setting("KLEIN_S3_BUCKET", None, str, "bucket the pictures go to")
+    s3_key_id: Secret | None = _setting("KLEIN_S3_KEY_ID", None, Secret, "access key id")
+    s3_secret: Secret | None = _setting("KLEIN_S3_SECRET", None, Secret, "secret access key")
+    s3_expiry: int = _setting(
+        "KLEIN_S3_EXPIRY", 86400, _number(int, 60, 604800), "seconds a picture's URL stays valid"
+    )
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> "Settings":
+        """Read the table from `environ`.
+
+        Raises BadSetting for an unknown `KLEIN_…` name or a value that cannot be used.
+        """
+        rows = {f.metadata["env"]: f for f in fields(cls)}
+        for name in environ:
+            if name.startswith("KLEIN_") and name not in rows:
+                raise BadSetting(unknown("setting", name, sorted(rows)), field=name)
+        values = {}
+        for name, row in rows.items():
+            text = environ.get(name, "").strip()
+            if text:
+                values[row.name] = _parse(name, row.metadata["parse"], text)
+        return cls(**values)
+
+
+def _parse(name: str, parse: Callable[[str], Any], text: str) -> Any:
+    try:
+        return parse(text)
+    except ValueError as error:
+        shown = "the value" if parse is Secret else repr(text)
+        raise BadSetting(f"{name}: {shown} {_reason(error)}", field=name) from error
+
+
+def _reason(error: ValueError) -> str:
+    text = str(error)
+    return text if text.startswith(("must", "is")) else f"is not a number ({text})"

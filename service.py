@@ -1,0 +1,242 @@
+"""The BentoML door: `bentoml serve service:Klein`.
+
+Each API only parses, resolves, runs and renders. Pictures are encoded off the event loop.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+import time
+from typing import Any, NoReturn, assert_never
+
+import bentoml
+from PIL import Image
+from starlette.responses import JSONResponse, Response
+
+from klein import preflight, render, web
+from klein.core import GenerationResult, ImagePipeline, Job
+from klein.delivery import Bucket
+from klein.engine import Engine, State
+from klein.errors import ErrorCode, InternalError, InvalidRequest, KleinError
+from klein.lora.library import LoraLibrary
+from klein.machine import Machine
+from klein.request import GenerateRequest
+from klein.resolve import resolve
+from klein.settings import Settings
+
+log = logging.getLogger("bentoml.klein")
+
+WEB = web.create_app()
+HEADER_LIMIT = 2000
+"""Characters; proxies refuse responses with long headers."""
+
+
+def _stop(error: KleinError) -> NoReturn:
+    """End a start that cannot succeed with its one sentence."""
+    print(f"\nklein cannot start: {error}\n", file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+def _settings() -> Settings:
+    try:
+        return Settings.from_env(os.environ)
+    except KleinError as error:
+        _stop(error)
+
+
+SETTINGS = _settings()
+
+
+def load_pipeline() -> ImagePipeline:
+    """The pipeline of the settings; imports torch only now, in the worker."""
+    from klein import pipeline
+
+    plan = preflight.plan(SETTINGS, Machine.probe(os.environ))
+    library = LoraLibrary(preflight.lora_folder(SETTINGS), SETTINGS.hf_token)
+    return pipeline.load(plan, SETTINGS, library)
+
+
+def http_status(code: ErrorCode) -> int:
+    """The HTTP status of each error; a new code does not type-check until it has one."""
+    match code:
+        case ErrorCode.INVALID_REQUEST | ErrorCode.BAD_SETTING:
+            return 400
+        case ErrorCode.LORA_FAILED:
+            return 422
+        case ErrorCode.QUEUE_FULL:
+            return 429
+        case ErrorCode.CANCELLED:
+            return 499
+        case ErrorCode.INTERNAL | ErrorCode.OUTPUT_TOO_LARGE:
+            return 500
+        case ErrorCode.DELIVERY_FAILED:
+            return 502
+        case ErrorCode.NOT_READY | ErrorCode.MODEL_UNAVAILABLE | ErrorCode.OUT_OF_MEMORY:
+            return 503
+        case ErrorCode.DEADLINE_EXCEEDED:
+            return 504
+    assert_never(code)
+
+
+@bentoml.service(
+    name="klein",
+    workers=1,
+    resources={"gpu": 1},
+    traffic={"timeout": SETTINGS.timeout + 60},
+    metrics={"duration": {"buckets": [0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0]}},
+)
+@bentoml.asgi_app(WEB, name="web")
+class Klein:
+    """FLUX.2-klein with LoRAs."""
+
+    load = staticmethod(load_pipeline)
+
+    @bentoml.on_deployment
+    @staticmethod
+    def preflight() -> None:
+        """Refuse, before any worker is started, what cannot work."""
+        try:
+            preflight.plan(SETTINGS, Machine.probe(os.environ))
+            Bucket.from_settings(SETTINGS)
+        except KleinError as error:
+            _stop(error)
+
+    def __init__(self) -> None:
+        self.bucket = Bucket.from_settings(SETTINGS)
+        self.engine = Engine(
+            self._load_and_greet, queue_size=SETTINGS.queue_size, on_load_failed=_give_up
+        ).start()
+        WEB.state.engine = self.engine
+
+    def _load_and_greet(self) -> ImagePipeline:
+        log.info("loading %s", SETTINGS.model_id)
+        pipeline = self.load()
+        url = f"http://localhost:{os.environ.get('BENTOML_PORT') or os.environ.get('PORT', 3000)}"
+        log.info("%s is ready at %s; try:\n\n%s\n", SETTINGS.model_id, url, _example(url))
+        return pipeline
+
+    def __is_ready__(self) -> bool:
+        return self.engine.state is State.READY
+
+    @bentoml.on_shutdown
+    def shutdown(self) -> None:
+        """Free the GPU: running jobs end at their next step."""
+        self.engine.stop()
+
+    @bentoml.api(input_spec=GenerateRequest)
+    async def generate(self, ctx: bentoml.Context, **params: Any) -> Image.Image:
+        """One picture, as a file in the format asked for, its parameters inside.
+
+        Seed, request id, LoRAs, warnings and timings are in the `x-klein-…` headers.
+        """
+        return await self._answer(ctx, params, _as_image)  # type: ignore[return-value]
+
+    @bentoml.api(input_spec=GenerateRequest)
+    async def generate_json(self, ctx: bentoml.Context, **params: Any) -> dict[str, Any]:
+        """Pictures as base64 or links, with all there is to know about how they were made."""
+        return await self._answer(ctx, params, self._as_json)  # type: ignore[return-value]
+
+    async def _answer(
+        self, ctx: bentoml.Context, params: dict[str, Any], renderer: Any
+    ) -> Response:
+        response = await self._respond(ctx, params, renderer)
+        ctx.response.status_code = response.status_code  # BentoML would make it 200
+        return response
+
+    async def _respond(
+        self, ctx: bentoml.Context, params: dict[str, Any], renderer: Any
+    ) -> Response:
+        job_id = None
+        try:
+            request = GenerateRequest.model_validate(params)
+            if renderer is _as_image:
+                _require_one_picture(request)
+            render.require_bucket(request.return_type, self.bucket)
+            spec = self.engine.pipeline.info.spec
+            resolved = resolve(request, spec, lambda: secrets.randbelow(2**32))
+            deadline = time.monotonic() + SETTINGS.timeout
+            job = Job(resolved.params, deadline, resolved.warnings)
+            job_id = job.id
+            result = await self._run(ctx, job)
+            return await asyncio.to_thread(renderer, result)
+        except KleinError as error:
+            return _error_response(error, job_id)
+        except Exception:
+            log.exception("request %s failed", job_id)
+            return _error_response(InternalError("klein failed: see its log"), job_id)
+
+    async def _run(self, ctx: bentoml.Context, job: Job) -> GenerationResult:
+        """Run `job`, and cancel it when the caller hangs up."""
+
+        async def watch() -> None:
+            while not await ctx.request.is_disconnected():
+                await asyncio.sleep(0.5)
+            self.engine.cancel(job)
+
+        watcher = asyncio.create_task(watch())
+        try:
+            return await self.engine.run(job)
+        finally:
+            watcher.cancel()
+
+    def _as_json(self, result: GenerationResult) -> Response:
+        headers = _headers(result)
+        return JSONResponse(render.to_json(result, self.bucket), headers=headers)
+
+
+def _as_image(result: GenerationResult) -> Response:
+    (picture,) = render.encode(result)
+    return Response(picture.data, media_type=picture.mime_type, headers=_headers(result))
+
+
+def _require_one_picture(request: GenerateRequest) -> None:
+    if request.num_images != 1:
+        raise InvalidRequest(
+            "num_images: /generate answers with one picture; ask /generate_json for several",
+            field="num_images",
+        )
+    if request.return_type != "base64":
+        raise InvalidRequest(
+            "return_type: /generate answers with the picture itself; ask /generate_json for links",
+            field="return_type",
+        )
+
+
+def _headers(result: GenerationResult) -> dict[str, str]:
+    loras = [
+        {"path": x.path, "applied": x.applied, "layers": f"{x.layers_matched}/{x.layers_in_file}"}
+        for x in result.loras
+    ]
+    values = {
+        "x-klein-request-id": result.id,
+        "x-klein-seed": str(result.params.seed),
+        "x-klein-timings": json.dumps(result.timings),
+        "x-klein-warnings": json.dumps(list(result.warnings)),
+        "x-klein-loras": json.dumps(loras),
+    }
+    return {name: value[:HEADER_LIMIT] for name, value in values.items()}
+
+
+def _error_response(error: KleinError, job_id: str | None) -> Response:
+    headers = {"retry-after": "5"} if error.retryable else {}
+    body = {"error": error.as_dict(job_id)}
+    return JSONResponse(body, status_code=http_status(error.code), headers=headers)
+
+
+def _give_up(error: KleinError) -> None:
+    """Loading failed after the preflight: end the server, since a restart would fail again."""
+    log.error("klein cannot start: %s", error)
+    if "BENTOML_CONTAINERIZED" not in os.environ:
+        os.kill(os.getppid(), signal.SIGTERM)
+    os._exit(1)
+
+
+def _example(url: str) -> str:
+    return (
+        f"  curl -s -X POST {url}/generate -H 'content-type: application/json' \\\n"
+        """    -d '{"prompt": "a portrait", "seed": 1}' -o a.png"""
+    )
