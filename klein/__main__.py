@@ -137,6 +137,8 @@ def _format(output: Path, asked: str | None) -> str:
     named = by_extension.get(output.suffix.lower().removeprefix("."))
     if named is None:
         raise InvalidRequest(f"output: name a file that ends in .{', .'.join(by_extension)}")
+    if not output.parent.is_dir():
+        raise InvalidRequest(f"output: there is no folder {str(output.parent)!r}")
     if asked and FORMAT_ALIASES.get(asked, asked) != named:
         raise InvalidRequest(f"output_format: {asked!r}, but {output.name} says {named!r}")
     return named

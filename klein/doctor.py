@@ -1,8 +1,7 @@
 """What this machine can run, what is missing, and how to get it."""
 
-import importlib.metadata
 import sys
-from importlib.util import find_spec
+from importlib import metadata
 
 from klein import preflight
 from klein.errors import KleinError
@@ -49,9 +48,10 @@ def _software(machine: Machine) -> list[str]:
 
 
 def _version(name: str) -> str | None:
-    if find_spec(name.replace("-", "_")) is None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
         return None
-    return importlib.metadata.version(name)
 
 
 def _models(settings: Settings, machine: Machine) -> list[str]:

@@ -112,18 +112,18 @@ class Engine:
 
         A job whose deadline passes while it waits in the queue fails then, not when its turn comes.
         """
-        future = self.submit(job)
-        waiter = asyncio.wrap_future(future)
+        waiter = asyncio.wrap_future(self.submit(job))
         try:
             done, _ = await asyncio.wait({waiter}, timeout=job.deadline - time.monotonic())
             if not done:
                 self._drop(job)
-            return await waiter
+                await asyncio.wait({waiter})
         except asyncio.CancelledError:
-            job.cancel()
-            self._drop(job)
-            await asyncio.wait({asyncio.wrap_future(future)})
+            self.cancel(job)
+            await asyncio.wait({waiter})
+            waiter.exception()  # heard, or asyncio would log it
             raise
+        return waiter.result()
 
     def cancel(self, job: Job) -> None:
         """Stop `job` within one step, or take it out of the queue."""

@@ -47,7 +47,7 @@ def plan(settings: Settings, machine: Machine) -> Plan:
     if known:
         read("model_index.json")
     return Plan(
-        str(folder or spec.repo or settings.model_id),
+        str(folder or (known.repo if known else None) or settings.model_id),
         None if folder else settings.model_revision,
         spec,
         device,
@@ -74,9 +74,9 @@ def _folder(model_id: str) -> Path | None:
     if models.known(model_id):
         return None
     if model_id.startswith((".", "/", "~")) or model_id.count("/") != 1:
-        names = [spec.repo or name for name, spec in models.MODELS.items()]
         raise ModelUnavailable(
-            f"MODEL_ID: there is no folder {model_id!r}; {unknown('model', model_id, names)}",
+            f"MODEL_ID: there is no folder {model_id!r}; "
+            f"{unknown('model', model_id, list(models.MODELS))}",
             field="MODEL_ID",
         )
     return None

@@ -1,0 +1,131 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from klein import __main__ as cli
+from klein import startup
+from klein.errors import LoraError
+from klein.presets import PRESETS
+from klein.request import GenerateRequest
+from tests import fakes
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> fakes.FakePipeline:
+    """The command line on the fake pipeline."""
+    fake = fakes.FakePipeline()
+    monkeypatch.setattr(startup, "loader", lambda *_: lambda: fake)
+    return fake
+
+
+def _run(*argv: Any) -> int:
+    return cli.main([str(arg) for arg in argv])
+
+
+def test_generate_writes_the_file(
+    fake: fakes.FakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Format by extension, parameters inside, seed on stdout."""
+    out = tmp_path / "a.webp"
+    assert _run("generate", "a portrait", "-o", out, "--seed", 3, "--width", 250) == 0
+    assert Image.open(out).format == "WEBP"
+    shown = capsys.readouterr()
+    assert f"{out}  seed 3" in shown.out
+    assert "rounded" in shown.err
+    assert _run("show", out) == 0
+    assert "Seed: 3" in capsys.readouterr().out
+
+
+def test_several_pictures_are_named_by_seed(fake: fakes.FakePipeline, tmp_path: Path) -> None:
+    """None overwrites another."""
+    assert _run("generate", "x", "-o", tmp_path / "a.png", "--seed", 3, "--num-images", 2) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-3.png", "a-4.png"]
+
+
+def test_like_draws_a_picture_again(fake: fakes.FakePipeline, tmp_path: Path) -> None:
+    """The same bytes from the file alone; what is given changes it."""
+    first, again, other = (tmp_path / name for name in ("a.png", "b.png", "c.jpg"))
+    lora = "some.safetensors:0.5"
+    assert _run("generate", "a portrait", "-o", first, "--seed", 9, "--lora", lora) == 0
+    assert _run("generate", "--like", first, "-o", again) == 0
+    assert first.read_bytes() == again.read_bytes()
+    assert _run("generate", "--like", first, "-o", other, "--seed", 10) == 0
+    assert Image.open(other).format == "JPEG"
+
+
+def test_every_field_has_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    """With its description."""
+    with pytest.raises(SystemExit):
+        _run("generate", "--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, field in GenerateRequest.model_fields.items():
+        assert name == "prompt" or f"--{name.replace('_', '-')}" in shown
+        assert field.description is not None
+        assert field.description.split(";")[0].split("…")[0] in shown
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "says"),
+    [
+        (["x", "-o", "a.gif"], 2, "ends in .png, .jpg"),
+        (["x", "-o", "a.png", "--output-format", "webp"], 2, "a.png says 'png'"),
+        (["-o", "a.png"], 2, "say what to draw"),
+        (["x", "-o", "a.png", "--num-inference-steps", "many"], 2, "num_inference_steps"),
+        (["x", "-o", "a.png", "--loras", "{"], 2, "--lora PATH:SCALE is simpler"),
+        (["x", "-o", "/no/such/folder/a.png"], 2, "there is no folder"),
+        (["--like", "nothing.png", "-o", "a.png"], 2, "nothing.png cannot be read"),
+    ],
+)
+def test_the_callers_faults_exit_with_2(
+    fake: fakes.FakePipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    argv: list[str],
+    code: int,
+    says: str,
+) -> None:
+    """One line on stderr, no traceback, no file."""
+    monkeypatch.chdir(tmp_path)
+    assert _run("generate", *argv) == code
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_faults_have_other_codes(
+    fake: fakes.FakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A LoRA that fails is the caller's, anything unknown is ours."""
+    fake.fail = LoraError("no such LoRA")
+    assert _run("generate", "x", "-o", tmp_path / "a.png") == 2
+    fake.fail = RuntimeError("?")
+    assert _run("generate", "x", "-o", tmp_path / "a.png") == 70
+
+
+def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    """All of them, and which is the default."""
+    assert _run("presets") == 0
+    shown = capsys.readouterr().out
+    for name in PRESETS:
+        assert name in shown
+    assert shown.count("(default)") == 1
+
+
+def test_doctor_tells_what_can_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machine, software, every model, and what would happen now."""
+    monkeypatch.setenv("MODEL_ID", "./nowhere")
+    assert _run("doctor") == 0
+    shown = capsys.readouterr().out
+    assert "MODEL_ID=./nowhere cannot start: MODEL_ID: there is no folder" in shown
+    for name in ("klein-base-9B", "klein-4B", "nano", "memory", "bentoml"):
+        assert name in shown
+
+
+def test_lora_shorthand() -> None:
+    """A scale after the last colon, if it is one."""
+    assert cli._lora("a.safetensors:0.8") == {"path": "a.safetensors", "scale": 0.8}
+    assert cli._lora("owner/repo@v1") == {"path": "owner/repo@v1"}

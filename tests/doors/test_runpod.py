@@ -1,0 +1,159 @@
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from klein import runpod
+from klein.engine import Engine
+from klein.runpod import Worker
+from klein.settings import Settings
+from tests import fakes
+
+
+class Platform:
+    """Notes what a worker sends it, and when."""
+
+    def __init__(self, delay: float = 0.0) -> None:
+        self.delay = delay
+        self.updates: list[dict[str, Any]] = []
+        self.finished = 0
+
+    async def send(self, job: dict[str, Any], update: dict[str, Any]) -> None:
+        self.updates.append(update)
+        await asyncio.sleep(self.delay)
+        self.finished += 1
+
+
+@pytest.fixture
+def fake() -> fakes.FakePipeline:
+    return fakes.FakePipeline()
+
+
+@pytest.fixture
+def engine(fake: fakes.FakePipeline) -> Iterator[Engine]:
+    engine = Engine(lambda: fake, queue_size=2).start()
+    engine.wait_ready(5)
+    yield engine
+    fake.gate.set()
+    engine.stop()
+
+
+def _worker(engine: Engine, platform: Platform | None = None, **settings: str) -> Worker:
+    send = (platform or Platform()).send
+    return Worker(engine, Settings.from_env(settings), None, send)
+
+
+def _handle(worker: Worker, given: Any, id: str = "job-1") -> dict[str, Any]:
+    return asyncio.run(worker.handle({"id": id, "input": given, "s3Config": {"secret": "s"}}))
+
+
+def test_a_job_is_answered_like_generate_json(engine: Engine) -> None:
+    """The job's own id, strict JSON, no error key."""
+    answer = _handle(_worker(engine), {"prompt": "x", "seed": 4, "preset": "portrait_hd"})
+    assert answer["id"] == "job-1"
+    assert answer["parameters"]["height"] == 384
+    assert answer["images"][0]["seed"] == 4
+    assert "error" not in answer
+    json.dumps(answer, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        (None, "invalid_request: input: send an object"),
+        ("text", "invalid_request: input: send an object"),
+        ({}, "invalid_request: prompt: Field required"),
+        ({"prompt": "x", "steps": 1}, "did you mean 'num_inference_steps'"),
+        ({"prompt": "x", "width": 10}, "invalid_request: width: 10×256 is too small"),
+        ({"prompt": "x", "return_type": "url"}, "KLEIN_S3_ENDPOINT"),
+    ],
+)
+def test_errors_are_strings_that_begin_with_their_code(
+    engine: Engine, given: Any, error: str
+) -> None:
+    """RunPod drops an `error` that is anything else."""
+    answer = _handle(_worker(engine), given)
+    assert isinstance(answer["error"], str)
+    assert error in answer["error"]
+    assert answer["code"] == "invalid_request"
+    assert answer["retryable"] is False
+
+
+def test_nothing_of_an_unknown_error_leaves(engine: Engine, fake: fakes.FakePipeline) -> None:
+    """No traceback, no path, no secret of the job."""
+    fake.fail = RuntimeError("/root/klein/secret.py broke")
+    answer = _handle(_worker(engine), {"prompt": "x"})
+    assert answer["error"].startswith("internal: ")
+    assert "secret" not in json.dumps(answer)
+
+
+def test_progress_is_throttled_in_order_and_drained(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No post is under way when the result is returned."""
+    monkeypatch.setattr(runpod, "PROGRESS_EVERY", 0.02)
+    platform = Platform(delay=0.05)
+    steps: list[int] = []
+
+    class Slow(fakes.FakePipeline):
+        def generate(self, job: Any) -> Any:
+            time.sleep(0.1)
+            return super().generate(job)
+
+    slow = Engine(Slow, queue_size=1).start()
+    slow.wait_ready(5)
+    answer = _handle(_worker(slow, platform), {"prompt": "x", "num_inference_steps": 100})
+    slow.stop()
+    assert answer["images"]
+    assert platform.finished == len(platform.updates) >= 1
+    steps = [update["step"] for update in platform.updates]
+    assert steps == sorted(steps)
+    assert len(steps) < 100
+
+
+def test_progress_that_cannot_be_delivered_costs_nothing(engine: Engine) -> None:
+    """A job must not fail for a courtesy."""
+
+    class Broken(Platform):
+        async def send(self, job: dict[str, Any], update: dict[str, Any]) -> None:
+            raise ConnectionError
+
+    assert _handle(_worker(engine, Broken()), {"prompt": "x"})["images"]
+
+
+def test_cancel_frees_the_gpu_before_the_next_job(engine: Engine, fake: fakes.FakePipeline) -> None:
+    """The SDK cancels the handler's task; two denoising loops must never overlap."""
+    fake.gate.clear()
+    worker = _worker(engine)
+
+    async def scenario() -> None:
+        task = asyncio.create_task(worker.handle({"id": "a", "input": {"prompt": "x"}}))
+        await asyncio.to_thread(fake.started.wait, 5)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not engine.facts()["running"]
+        fake.gate.set()
+        assert (await worker.handle({"id": "b", "input": {"prompt": "y"}}))["images"]
+
+    asyncio.run(scenario())
+    assert fake.drawn == ["y"]
+
+
+def test_large_results_arrive_smaller(engine: Engine, fake: fakes.FakePipeline) -> None:
+    """RunPod loses results over its limit; here they shrink and say so."""
+    fake.noise = True
+    worker = _worker(engine, KLEIN_MAX_RESPONSE_MB="0.9")
+    answer = _handle(worker, {"prompt": "x", "width": 512, "height": 512})
+    assert answer["images"][0]["mime_type"] == "image/webp"
+    assert "over the limit" in answer["warnings"][0]
+    assert len(json.dumps(answer)) < 0.9e6
+
+
+def test_ids_are_made_safe(engine: Engine) -> None:
+    """They go into bucket keys and logs."""
+    answer = _handle(_worker(engine), {"prompt": "x"}, id="../../etc/x y")
+    assert answer["id"] == "______etc_x_y"

@@ -1,0 +1,162 @@
+import io
+import json
+from collections.abc import Iterator
+
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+import service
+from klein.errors import LoraError, OutOfMemory
+from klein.images import read_text
+from klein.presets import PRESETS
+from klein.request import GenerateRequest
+from tests import fakes
+
+FAKE = fakes.FakePipeline()
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    """The whole ASGI app of the service, as BentoML builds it, on the fake pipeline."""
+    service.Klein.inner.load = staticmethod(lambda: FAKE)
+    with TestClient(service.Klein.to_asgi()) as client:
+        while client.get("/readyz").status_code != 200:
+            pass
+        yield client
+
+
+def test_generate_answers_with_the_file_asked_for(client: TestClient) -> None:
+    """Right type, right size, parameters inside, seed and more in the headers."""
+    answer = client.post(
+        "/generate", json={"prompt": "a portrait", "seed": 5, "output_format": "webp"}
+    )
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "image/webp"
+    assert Image.open(io.BytesIO(answer.content)).size == (256, 256)
+    assert "Seed: 5" in read_text(answer.content)
+    assert answer.headers["x-klein-seed"] == "5"
+    assert json.loads(answer.headers["x-klein-timings"])["total"] > 0
+    assert answer.headers["x-klein-request-id"]
+
+
+def test_presets_act_over_http(client: TestClient) -> None:
+    """They never took effect in klein's predecessor, whose validator filled in defaults."""
+    for name, preset in PRESETS.items():
+        answer = client.post("/generate_json", json={"prompt": "x", "preset": name}).json()
+        params = answer["parameters"]
+        assert params["num_inference_steps"] == preset.num_inference_steps
+        assert params["guidance_scale"] == preset.guidance_scale
+        assert params["schedule"] == preset.schedule
+        assert params["height"] / params["width"] == preset.height / preset.width
+
+
+def test_generate_json_answers_with_everything(client: TestClient) -> None:
+    """Several pictures, LoRA reports and warnings."""
+    answer = client.post(
+        "/generate_json",
+        json={
+            "prompt": "x",
+            "num_images": 3,
+            "seed": 1,
+            "width": 250,
+            "loras": [{"path": "missing.safetensors"}],
+        },
+    ).json()
+    assert [image["seed"] for image in answer["images"]] == [1, 2, 3]
+    assert answer["loras"][0]["applied"] is False
+    assert any("rounded to 256" in w for w in answer["warnings"])
+    assert any("DRAWN WITHOUT A LORA" in w for w in answer["warnings"])
+
+
+def test_schema_errors_keep_bentomls_shape(client: TestClient) -> None:
+    """400 with the field, or with the nearest known name of a field that does not exist."""
+    answer = client.post("/generate", json={"prompt": "x", "num_inference_steps": 0})
+    assert answer.status_code == 400
+    assert answer.json()["detail"][0]["loc"] == ["num_inference_steps"]
+    answer = client.post("/generate", json={"prompt": "x", "steps": 3})
+    assert "did you mean 'num_inference_steps'" in answer.json()["detail"][0]["msg"]
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "says"),
+    [
+        ({"num_images": 2}, "num_images", "/generate_json"),
+        ({"return_type": "url"}, "return_type", "/generate_json"),
+        ({"width": 16}, "width", "at least 64"),
+    ],
+)
+def test_what_the_schema_cannot_say(
+    client: TestClient, body: dict[str, object], field: str, says: str
+) -> None:
+    """Our own errors have one shape."""
+    answer = client.post("/generate", json={"prompt": "x", **body})
+    error = answer.json()["error"]
+    assert answer.status_code == 400
+    assert (error["code"], error["field"]) == ("invalid_request", field)
+    assert says in error["message"]
+
+
+def test_errors_of_a_job(client: TestClient) -> None:
+    """Status, retry-after, request id; nothing of an unknown error but where to look."""
+    cases = [
+        (LoraError("no such LoRA"), 422, "lora_failed", False),
+        (OutOfMemory("too big"), 503, "out_of_memory", True),
+        (RuntimeError("/secret/path"), 500, "internal", False),
+    ]
+    try:
+        for raised, status, code, retryable in cases:
+            FAKE.fail = raised
+            answer = client.post("/generate", json={"prompt": "x"})
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (status, code)
+            assert error["retryable"] is retryable
+            assert ("retry-after" in answer.headers) is retryable
+            assert error["request_id"]
+            assert "/secret/path" not in answer.text
+    finally:
+        FAKE.fail = None
+
+
+def test_links_without_a_bucket_are_refused_before_the_work(client: TestClient) -> None:
+    """Nobody pays for a picture that cannot be delivered."""
+    before = len(FAKE.drawn)
+    answer = client.post("/generate_json", json={"prompt": "x", "return_type": "url"})
+    assert answer.json()["error"]["field"] == "return_type"
+    assert len(FAKE.drawn) == before
+
+
+def test_plain_gets(client: TestClient) -> None:
+    """What a client wants to know before it asks."""
+    assert client.get("/ping").status_code == 200
+    presets = client.get("/presets").json()
+    assert [p["name"] for p in presets["presets"]] == list(PRESETS)
+    models = client.get("/models").json()
+    assert models["loaded"] == "nano"
+    assert len(models["models"]) == 5
+    capabilities = client.get("/capabilities").json()
+    assert set(capabilities["request"]["properties"]) == set(GenerateRequest.model_fields)
+    assert capabilities["queue"]["state"] == "ready"
+    assert capabilities["model"]["spec"]["name"] == "nano"
+
+
+def test_the_openapi_page_knows_every_field(client: TestClient) -> None:
+    """BentoML's own documentation is complete, with the presets to choose from."""
+    text = client.get("/docs.json").text
+    for name in (*GenerateRequest.model_fields, *PRESETS):
+        assert f'"{name}"' in text
+
+
+def test_load_balancers_are_told_the_truth() -> None:
+    """204 while loading, 503 when broken."""
+    from klein import web
+    from klein.engine import Engine, State
+
+    app = web.create_app()
+    probe = TestClient(app)
+    assert probe.get("/ping").status_code == 204
+    app.state.engine = Engine(lambda: FAKE, queue_size=1)
+    assert probe.get("/ping").status_code == 204
+    app.state.engine.state = State.FAILED
+    assert probe.get("/ping").status_code == 503
+    assert probe.get("/capabilities").json()["model"] is None

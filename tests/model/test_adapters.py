@@ -1,0 +1,359 @@
+"""Every LoRA format against a reference: the weights with ΔW added in float32."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline
+from safetensors.torch import save_file
+
+from klein.core import GenerationResult
+from klein.errors import LoraError
+from klein.pipeline import KleinPipeline
+from tests import loras, tiny
+from tests.loras import Array
+from tests.model.conftest import Draw
+
+SHAPES = loras.layers(tiny.HIDDEN)
+RANK = 4
+Made = tuple[dict[str, Array], dict[str, Array], dict[str, str]]
+"""Tensors of the file, ΔW by BFL layer, metadata."""
+
+
+def _low_rank(name: Callable[[str], str], down: str, up: str, alpha: float | None) -> Made:
+    tensors, deltas = {}, {}
+    for number, (layer, (rows, columns)) in enumerate(SHAPES.items()):
+        a, b = loras.random((RANK, columns), number), loras.random((rows, RANK), 1000 + number)
+        tensors[f"{name(layer)}.{down}"], tensors[f"{name(layer)}.{up}"] = a, b
+        deltas[layer] = b @ a * (1.0 if alpha is None else alpha / RANK)
+        if alpha is not None:
+            tensors[f"{name(layer)}.alpha"] = np.array(alpha, dtype=np.float32)
+    return tensors, deltas, {}
+
+
+def _split_qkv(prefix: str, down: str, up: str) -> Made:
+    """diffusers' names, where q, k and v are three layers."""
+    tensors, deltas = {}, {}
+    for number, layer in enumerate(SHAPES):
+        modules = _modules(layer)
+        rows, columns = SHAPES[layer]
+        stacked = []
+        for part, module in enumerate(modules):
+            a = loras.random((RANK, columns), 10 * number + part)
+            b = loras.random((rows // len(modules), RANK), 5000 + 10 * number + part)
+            tensors[f"{prefix}{module}.{down}"], tensors[f"{prefix}{module}.{up}"] = a, b
+            stacked.append(b @ a)
+        deltas[layer] = np.concatenate(stacked)
+    return tensors, deltas, {}
+
+
+def _lokr(full: bool) -> Made:
+    tensors, deltas = {}, {}
+    for number, (layer, (rows, columns)) in enumerate(SHAPES.items()):
+        name = f"diffusion_model.{layer}"
+        w1 = loras.random((4, 4), number)
+        if full:
+            w2 = loras.random((rows // 4, columns // 4), 100 + number)
+            tensors[f"{name}.lokr_w2"], scale = w2, 1.0
+        else:
+            a = loras.random((rows // 4, RANK), 200 + number)
+            b = loras.random((RANK, columns // 4), 300 + number)
+            tensors[f"{name}.lokr_w2_a"], tensors[f"{name}.lokr_w2_b"] = a, b
+            w2, scale = a @ b, 2.0 / RANK
+        tensors[f"{name}.lokr_w1"] = w1
+        tensors[f"{name}.alpha"] = np.array(2.0, dtype=np.float32)
+        deltas[layer] = np.kron(w1, w2) * scale
+    return tensors, deltas, {}
+
+
+def _loha() -> Made:
+    tensors, deltas = {}, {}
+    for number, (layer, (rows, columns)) in enumerate(SHAPES.items()):
+        name, parts = f"lora_unet_{layer.replace('.', '_')}", []
+        for part, shape in enumerate([(rows, RANK), (RANK, columns)] * 2):
+            made = loras.random(shape, 10 * number + part, 0.5)
+            tensors[f"{name}.hada_w{part // 2 + 1}_{'ab'[part % 2]}"] = made
+            parts.append(made)
+        tensors[f"{name}.alpha"] = np.array(1.0, dtype=np.float32)
+        deltas[layer] = (parts[0] @ parts[1]) * (parts[2] @ parts[3]) / RANK
+    return tensors, deltas, {}
+
+
+def _diff() -> Made:
+    numbered = enumerate(SHAPES.items())
+    deltas = {layer: loras.random(shape, number, 0.05) for number, (layer, shape) in numbered}
+    return {f"diffusion_model.{layer}.diff": d for layer, d in deltas.items()}, deltas, {}
+
+
+def _dotted(prefix: str) -> Callable[[str], str]:
+    return lambda layer: f"{prefix}{layer}"
+
+
+AB = ("lora_A.weight", "lora_B.weight")
+FORMATS: dict[str, Callable[[], Made]] = {
+    "ai-toolkit": lambda: _low_rank(_dotted("diffusion_model."), *AB, None),
+    "ai-toolkit with alpha": lambda: _low_rank(_dotted("diffusion_model."), *AB, 2.0),
+    "kohya": lambda: _low_rank(
+        lambda x: "lora_unet_" + x.replace(".", "_"), "lora_down.weight", "lora_up.weight", 2.0
+    ),
+    "down/up under diffusion_model": lambda: _low_rank(
+        _dotted("diffusion_model."), "lora_down.weight", "lora_up.weight", 3.0
+    ),
+    "diffusers": lambda: _split_qkv("transformer.", *AB),
+    "OneTrainer": lambda: _split_qkv("transformer.", "lora_down.weight", "lora_up.weight"),
+    "PEFT": lambda: _low_rank(_dotted("base_model.model."), *AB, None),
+    "PEFT with diffusers names": lambda: _split_qkv("base_model.model.", *AB),
+    "bare diffusers": lambda: _split_qkv("", "lora_A.default.weight", "lora_B.default.weight"),
+    "bare BFL": lambda: _low_rank(_dotted(""), *AB, None),
+    "model.diffusion_model": lambda: _low_rank(_dotted("model.diffusion_model."), *AB, None),
+    "LoKr": lambda: _lokr(full=True),
+    "LoKr decomposed": lambda: _lokr(full=False),
+    "LoHa": _loha,
+    "diff": _diff,
+}
+
+
+def _modules(layer: str) -> tuple[str, ...]:
+    """BFL layer → diffusers modules, written down apart from klein's own table."""
+    kind, block, rest = layer.split(".", 2)
+    if kind == "single_blocks":
+        inner = {"linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out"}[rest]
+        return (f"single_transformer_blocks.{block}.{inner}",)
+    parts = {
+        "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "img_attn.proj": ("attn.to_out.0",),
+        "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "txt_attn.proj": ("attn.to_add_out",),
+        "img_mlp.0": ("ff.linear_in",),
+        "img_mlp.2": ("ff.linear_out",),
+        "txt_mlp.0": ("ff_context.linear_in",),
+        "txt_mlp.2": ("ff_context.linear_out",),
+    }[rest]
+    return tuple(f"transformer_blocks.{block}.{part}" for part in parts)
+
+
+def _reference(folder: Path, deltas: dict[str, Array], scale: float) -> Any:
+    """The stock pipeline with scale · ΔW added to its weights."""
+    pipe = Flux2KleinPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    modules = dict(pipe.transformer.named_modules())
+    for layer, delta in deltas.items():
+        names = _modules(layer)
+        for name, piece in zip(names, np.split(delta, len(names)), strict=True):
+            modules[name].weight.data += scale * torch.from_numpy(piece)
+    return pipe
+
+
+def _latents(pipe: Any) -> torch.Tensor:
+    made = pipe(
+        prompt="a portrait",
+        width=64,
+        height=64,
+        num_inference_steps=2,
+        guidance_scale=2.5,
+        max_sequence_length=64,
+        generator=torch.Generator("cpu").manual_seed(1),
+        output_type="latent",
+    )
+    return torch.as_tensor(made.images)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_its_delta(
+    name: str, tiny_pipe: KleinPipeline, tiny_folder: Path, lora_folder: Path, draw: Draw
+) -> None:
+    """Loaded through klein, the output is that of the weights with ΔW added, within 1e-4."""
+    tensors, deltas, metadata = FORMATS[name]()
+    loras.write(lora_folder / f"{name.replace('/', '-')}.safetensors", tensors, metadata)
+    lora = {"path": f"{name.replace('/', '-')}.safetensors", "scale": 0.7}
+    (report,) = draw(loras=[lora], lora_error="fail").loras
+    assert report.applied
+    assert report.layers_matched == report.layers_in_file > 0
+    assert report.relative_change is not None
+    assert report.relative_change > 0.001
+    expected = _latents(_reference(tiny_folder, deltas, 0.7))
+    got = _latents(tiny_pipe._pipe)
+    assert torch.allclose(got, expected, atol=1e-4)
+    draw()
+    assert (_latents(tiny_pipe._pipe) - expected).abs().max() > 1e-2
+
+
+def test_dora_is_applied_truly(
+    tiny_pipe: KleinPipeline, tiny_folder: Path, lora_folder: Path, draw: Draw
+) -> None:
+    """W' = m · (W + ΔW) / |W + ΔW| by rows; diffusers would drop m with a warning."""
+    tensors, deltas, _ = FORMATS["ai-toolkit"]()
+    reference = _reference(tiny_folder, {}, 0)
+    modules = dict(reference.transformer.named_modules())
+    for layer, delta in deltas.items():
+        names = _modules(layer)
+        weight = np.concatenate([modules[name].weight.detach().numpy() for name in names])
+        magnitude = np.abs(loras.random((len(weight),), 77)) + 0.5
+        tensors[f"diffusion_model.{layer}.magnitude"] = magnitude
+        merged = weight + delta
+        merged = magnitude[:, None] * merged / np.linalg.norm(merged, axis=1, keepdims=True)
+        for name, piece in zip(names, np.split(merged, len(names)), strict=True):
+            modules[name].weight.data = torch.from_numpy(piece)
+    loras.write(lora_folder / "dora.safetensors", tensors)
+    draw(loras=[{"path": "dora.safetensors"}], lora_error="fail")
+    assert torch.allclose(_latents(tiny_pipe._pipe), _latents(reference), atol=1e-4)
+
+
+def test_merging_is_what_peft_does(
+    tiny_pipe: KleinPipeline, tiny_folder: Path, lora_folder: Path, draw: Draw
+) -> None:
+    """diffusers' own loader, with PEFT's adapter layers, draws the same latents."""
+    tensors, _, _ = FORMATS["ai-toolkit"]()
+    path = loras.write(lora_folder / "peft.safetensors", tensors)
+    stock = _reference(tiny_folder, {}, 0)
+    stock.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="a")
+    stock.set_adapters(["a"], [0.6])
+    draw(loras=[{"path": path.name, "scale": 0.6}], lora_error="fail")
+    assert torch.allclose(_latents(tiny_pipe._pipe), _latents(stock), atol=1e-4)
+
+
+def test_the_final_modulation_of_bfl_is_swapped(
+    tiny_pipe: KleinPipeline, tiny_folder: Path, lora_folder: Path, draw: Draw
+) -> None:
+    """BFL keeps shift before scale, diffusers scale before shift: rows change places."""
+    h = tiny.HIDDEN
+    delta = loras.random((2 * h, h), 1, 0.2)
+    path = loras.write(
+        lora_folder / "final.safetensors",
+        {"diffusion_model.final_layer.adaLN_modulation.1.diff": delta},
+    )
+    reference = _reference(tiny_folder, {}, 0)
+    swapped = np.concatenate([delta[h:], delta[:h]])
+    reference.transformer.norm_out.linear.weight.data += torch.from_numpy(swapped)
+    draw(loras=[{"path": path.name}], lora_error="fail")
+    assert torch.allclose(_latents(tiny_pipe._pipe), _latents(reference), atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def two(lora_folder: Path) -> tuple[str, str]:
+    """Two different LoRAs, the second of another rank and on fewer layers."""
+    tensors, metadata = loras.ai_toolkit(SHAPES, rank=4, seed=1, trigger="zibbo")
+    loras.write(lora_folder / "a.safetensors", tensors, metadata)
+    few = dict(list(SHAPES.items())[:5])
+    tensors, metadata = loras.ai_toolkit(few, rank=8, seed=500)
+    loras.write(lora_folder / "b.safetensors", tensors, metadata)
+    return "a.safetensors", "b.safetensors"
+
+
+def _bytes(result: GenerationResult) -> bytes:
+    return result.images[0].image.tobytes()
+
+
+def test_nothing_ever_leaks(draw: Draw, two: tuple[str, str], tiny_pipe: KleinPipeline) -> None:
+    """base → A → B → A+B → A → base: the same pictures and bit-identical weights each time."""
+    draw()
+    weights = {k: v.clone() for k, v in tiny_pipe._pipe.transformer.state_dict().items()}
+    a, b = ([{"path": path, "scale": 0.8}] for path in two)
+    base, with_a, with_b, both = (_bytes(draw(loras=x)) for x in ([], a, b, a + b))
+    assert len({base, with_a, with_b, both}) == 4
+    assert _bytes(draw(loras=a)) == with_a
+    assert _bytes(draw(loras=b + a)) != with_a
+    assert _bytes(draw(loras=a)) == with_a
+    assert _bytes(draw()) == base
+    after = tiny_pipe._pipe.transformer.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in weights.items())
+
+
+def test_scales(draw: Draw, two: tuple[str, str]) -> None:
+    """0 is bit-identical to none, other scales differ, negative ones too; the report says so."""
+    pictures = {}
+    for scale in (0.0, 0.5, 1.0, -1.0):
+        result = draw(loras=[{"path": two[0], "scale": scale}])
+        pictures[scale] = _bytes(result)
+        assert result.loras[0].scale == scale
+    assert pictures[0.0] == _bytes(draw())
+    assert len(set(pictures.values())) == 4
+
+
+def test_the_same_lora_twice_adds_up(draw: Draw, two: tuple[str, str]) -> None:
+    """0.3 and 0.5 of one LoRA are 0.8 of it, to rounding."""
+    twice = draw(loras=[{"path": two[0], "scale": 0.3}, {"path": two[0], "scale": 0.5}])
+    once = draw(loras=[{"path": two[0], "scale": 0.8}])
+    difference = np.abs(
+        np.asarray(twice.images[0].image, int) - np.asarray(once.images[0].image, int)
+    )
+    assert difference.max() <= 2
+    assert [report.scale for report in twice.loras] == [0.3, 0.5]
+
+
+def test_the_report_proves_it(draw: Draw, two: tuple[str, str]) -> None:
+    """Hash, format, rank, layers, size of the change and trigger word."""
+    (report,) = draw(loras=[{"path": two[0]}]).loras
+    assert (report.format, report.rank, report.trigger_words) == ("ai-toolkit", 4, ("zibbo",))
+    assert report.layers_matched == report.layers_in_file == len(SHAPES)
+    assert report.sha256 is not None
+    (half,) = draw(loras=[{"path": two[0], "scale": 0.5}]).loras
+    assert half.relative_change == pytest.approx((report.relative_change or 0) / 2, rel=1e-3)
+
+
+def _wrong(lora_folder: Path) -> dict[str, str]:
+    """LoRAs that cannot work here → what the refusal says."""
+    wide, _ = loras.ai_toolkit(loras.layers(4096, double=1, single=0), rank=1)
+    loras.write(lora_folder / "wide.safetensors", wide)
+    deep, _ = loras.ai_toolkit(loras.layers(tiny.HIDDEN, single=5))
+    loras.write(lora_folder / "deep.safetensors", deep)
+    (lora_folder / "damaged.safetensors").write_bytes(b"no")
+    return {
+        "wide.safetensors": "klein-base-9B or klein-9B (width 4096), and the loaded model is",
+        "deep.safetensors": "its layer 'single_blocks.2.linear1' is missing there",
+        "damaged.safetensors": "damaged",
+        "nothing.safetensors": "not in the LoRA folder",
+    }
+
+
+def test_a_failing_lora_is_loud(draw: Draw, lora_folder: Path, two: tuple[str, str]) -> None:
+    """`continue` draws without it, keeps the others and says so; `fail` refuses."""
+    for path, says in _wrong(lora_folder).items():
+        wanted = [{"path": path}, {"path": two[0], "scale": 0.8}]
+        result = draw(loras=wanted)
+        failed, applied = result.loras
+        assert not failed.applied
+        assert says in str(failed.error)
+        assert applied.applied
+        assert any(says in w and "DRAWN WITHOUT A LORA" in w for w in result.warnings)
+        assert _bytes(result) == _bytes(draw(loras=wanted[1:]))
+        with pytest.raises(LoraError) as caught:
+            draw(loras=wanted, lora_error="fail")
+        assert says in str(caught.value)
+
+
+def test_an_interrupted_switch_heals(
+    draw: Draw, two: tuple[str, str], tiny_pipe: KleinPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever stops a merge half-way, the next job starts from pristine weights."""
+    base = _bytes(draw())
+    from klein import adapters
+
+    real, calls = adapters.delta, 0
+
+    def breaks(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise RuntimeError("half-way")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters, "delta", breaks)
+        with pytest.raises(RuntimeError, match="half-way"):
+            draw(loras=[{"path": two[0]}])
+    assert _bytes(draw()) == base
+
+
+def test_bf16_files_are_read(draw: Draw, lora_folder: Path) -> None:
+    """ai-toolkit saves bfloat16."""
+    tensors, _ = loras.ai_toolkit(SHAPES)
+    made = {k: torch.from_numpy(v).bfloat16() for k, v in tensors.items()}
+    tags = {"ss_tag_frequency": json.dumps({"1_x": {"x": 1}})}
+    save_file(made, lora_folder / "bf16.safetensors", tags)
+    (report,) = draw(loras=[{"path": "bf16.safetensors"}], lora_error="fail").loras
+    assert report.applied

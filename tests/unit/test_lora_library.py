@@ -1,0 +1,148 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from klein.errors import LoraError
+from klein.lora import reference
+from klein.lora.library import LoraLibrary
+from klein.lora.reference import HubFile, LocalFile, LoraSpec
+from tests import loras, servers
+
+
+def _file(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors, metadata = loras.ai_toolkit({"single_blocks.0.linear1": (72, 8)})
+    return loras.write(path, tensors, metadata)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (LoraSpec("a.safetensors"), LocalFile("a.safetensors")),
+        (LoraSpec("sub/a.safetensors"), LocalFile("sub/a.safetensors")),
+        (LoraSpec("owner/repo"), HubFile("owner/repo", None, None)),
+        (LoraSpec("owner/repo@v1"), HubFile("owner/repo", "v1", None)),
+        (
+            LoraSpec("owner/repo", revision="v2", weight_name="w.safetensors"),
+            HubFile("owner/repo", "v2", "w.safetensors"),
+        ),
+    ],
+)
+def test_references(spec: LoraSpec, expected: object) -> None:
+    """A suffix makes a file, a slash a repository."""
+    assert reference.parse(spec) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("https://x.org/a.safetensors", "URLs are not taken"),
+        ("a.pt", "only .safetensors"),
+        ("just-a-name", "neither"),
+        ("a/b/c", "neither"),
+    ],
+)
+def test_what_is_no_reference_is_said(path: str, says: str) -> None:
+    """With what would be one."""
+    with pytest.raises(LoraError, match=says):
+        reference.parse(LoraSpec(path))
+
+
+def test_local_files_are_found(tmp_path: Path) -> None:
+    """By their name below the folder; a missing one is answered with what is there."""
+    _file(tmp_path / "loras" / "a.safetensors")
+    _file(tmp_path / "loras" / "sub" / "b.safetensors")
+    library = LoraLibrary(tmp_path / "loras", None)
+    assert library.find(LoraSpec("sub/b.safetensors")).name == "sub/b.safetensors"
+    assert library.names() == ["a.safetensors", "sub/b.safetensors"]
+    with pytest.raises(LoraError, match=r"holds a\.safetensors, sub/b\.safetensors"):
+        library.find(LoraSpec("c.safetensors"))
+    with pytest.raises(LoraError, match="KLEIN_LORA_DIR"):
+        LoraLibrary(None, None).find(LoraSpec("a.safetensors"))
+
+
+def test_there_is_no_way_out_of_the_folder(tmp_path: Path) -> None:
+    """Not through dots, absolute paths or links, and the answer shows no path."""
+    inside, outside = tmp_path / "loras", _file(tmp_path / "secret.safetensors")
+    inside.mkdir()
+    (inside / "link.safetensors").symlink_to(outside)
+    (inside / "dir").symlink_to(tmp_path)
+    library = LoraLibrary(inside, None)
+    for name in (
+        "../secret.safetensors",
+        "dir/secret.safetensors",
+        "link.safetensors",
+        str(outside),
+    ):
+        with pytest.raises(LoraError, match="outside the LoRA folder") as caught:
+            library.find(LoraSpec(name))
+        assert str(caught.value).count(str(tmp_path)) == name.count(str(tmp_path))
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    """A retrained LoRA under the same name is another LoRA."""
+    path = _file(tmp_path / "a.safetensors")
+    library = LoraLibrary(tmp_path, None)
+    first = library.find(LoraSpec("a.safetensors")).sha256
+    tensors, metadata = loras.ai_toolkit({"single_blocks.0.linear1": (72, 8)}, rank=8)
+    loras.write(path, tensors, metadata)
+    assert library.find(LoraSpec("a.safetensors")).sha256 != first
+
+
+SCRIPT = """
+import sys
+from klein.errors import LoraError
+from klein.lora.library import LoraLibrary
+from klein.lora.reference import LoraSpec
+from klein.settings import Secret
+token = Secret(sys.argv[4]) if sys.argv[4] else None
+try:
+    spec = LoraSpec(sys.argv[1], weight_name=sys.argv[2] or None, revision=sys.argv[3] or None)
+    print("found", LoraLibrary(None, token).find(spec).rank)
+except LoraError as error:
+    print("refused", error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "weight_name", "revision", "token", "says"),
+    [
+        ("me/one", "", "", "", "found 4"),
+        ("me/one@main", "", "", "", "found 4"),
+        ("me/one", "", "v9", "", "has no revision 'v9'"),
+        ("me/two", "", "", "", "weight_name (a.safetensors, b.safetensors)"),
+        ("me/two", "b.safetensors", "", "", "found 4"),
+        ("me/two", "c.safetensors", "", "", "has no file 'c.safetensors'"),
+        ("me/none", "", "", "", "check the name, set HF_TOKEN"),
+        ("me/private", "", "", "", "is gated"),
+        ("me/private", "", "", "hf_good", "found 4"),
+    ],
+)
+def test_hub_files(
+    tmp_path: Path, path: str, weight_name: str, revision: str, token: str, says: str
+) -> None:
+    """The real Hub client against a Hub on this machine; every refusal has its way out."""
+    data = _file(tmp_path / "x.safetensors").read_bytes()
+    repos = {
+        "me/one": {"README.md": b"", "lora.safetensors": data},
+        "me/two": {"a.safetensors": data, "b.safetensors": data},
+        "me/private": {"lora.safetensors": data},
+    }
+    with servers.serve(servers.hub(repos, gated=("me/private",))) as hub:
+        run = subprocess.run(
+            [sys.executable, "-c", SCRIPT, path, weight_name, revision, token],
+            env={
+                **os.environ,
+                "HF_ENDPOINT": hub.url,
+                "HF_HOME": str(tmp_path / "hf"),
+                "HF_HUB_OFFLINE": "0",
+            },
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert says in run.stdout, run.stdout + run.stderr
+    assert "hf_good" not in run.stdout

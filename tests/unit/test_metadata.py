@@ -1,0 +1,76 @@
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from klein import metadata, render
+from klein.errors import InvalidRequest
+from klein.images import read_text
+from tests import fakes
+
+A1111_PAIRS = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+"""How A1111 reads its last line."""
+
+text = st.text(st.characters(codec="utf-8", exclude_characters="\r"), min_size=1, max_size=80)
+
+
+@given(prompt=text.filter(str.strip), negative=text)
+def test_any_prompt_comes_back(prompt: str, negative: str) -> None:
+    """Even one that looks like the format itself."""
+    result = fakes.result(fakes.params(prompt=prompt, negative_prompt=negative))
+    request = metadata.from_text(metadata.to_text(result, result.images[0]))
+    assert request.prompt == prompt
+    assert (request.negative_prompt or "") == negative
+
+
+def test_the_request_makes_the_same_parameters() -> None:
+    """What went in comes out, for each picture of a batch with its own seed."""
+    values = {
+        "prompt": 'x, klein: "{}"\nNegative prompt: y\nSteps: 3',
+        "num_images": 2,
+        "seed": 9,
+        "schedule": 1.25,
+        "preset": "portrait_hd",
+        "guidance_scale": 3.3,
+        "output_format": "webp",
+        "loras": [{"path": "a.safetensors", "scale": 0.5}, {"path": "b/c", "revision": "main"}],
+    }
+    result = fakes.result(fakes.params(**values))
+    again = metadata.from_text(metadata.to_text(result, result.images[1]))
+    expected = fakes.params(**{**values, "num_images": 1, "seed": 10})
+    assert fakes.params(**again.model_dump(exclude_none=True)) == expected
+
+
+def test_a_lora_that_did_not_act_is_not_asked_for_again() -> None:
+    """The picture was made without it."""
+    result = fakes.result(fakes.params(loras=[{"path": "missing"}, {"path": "a.safetensors"}]))
+    again = metadata.from_text(metadata.to_text(result, result.images[0]))
+    assert [lora.path for lora in again.loras] == ["a.safetensors"]
+
+
+def test_a1111_can_read_it() -> None:
+    """Its own pattern finds steps, guidance, seed, size, model and LoRA hashes."""
+    result = fakes.result(fakes.params(seed=5, loras=[{"path": "a.safetensors"}]))
+    last = metadata.to_text(result, result.images[0]).splitlines()[-1]
+    pairs = dict(A1111_PAIRS.findall(last))
+    assert pairs["Steps"] == "28"
+    assert pairs["CFG scale"] == "2.5"
+    assert pairs["Seed"] == "5"
+    assert pairs["Size"] == "256x256"
+    assert pairs["Model"] == "nano"
+    assert pairs["Lora hashes"] == '"a.safetensors: abababababab"'
+
+
+def test_the_longest_prompts_fit_into_exif() -> None:
+    """A JPEG's EXIF holds 64 KB; the longest request must fit."""
+    long = fakes.params(prompt="木" * 5000, negative_prompt="😀" * 5000, output_format="jpeg")
+    (picture,) = render.encode(fakes.result(long))
+    assert metadata.from_text(read_text(picture.data)).prompt == "木" * 5000
+
+
+@pytest.mark.parametrize("text", ["", "a cat\nSteps: 20, Sampler: Euler", 'x, klein: "{}"'])
+def test_foreign_text_is_refused(text: str) -> None:
+    """Pictures of other programs are said to be that."""
+    with pytest.raises(InvalidRequest):
+        metadata.from_text(text)

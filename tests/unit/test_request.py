@@ -1,0 +1,84 @@
+from typing import Any
+
+import pytest
+
+from klein.errors import InvalidRequest
+from klein.request import GenerateRequest, parse
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "says"),
+    [
+        ({"steps": 3}, None, "did you mean 'num_inference_steps'"),
+        ({"lora": "x"}, None, "did you mean 'lora"),
+        ({"loras": [{"path": "x", "strength": 1}]}, "loras.0", "known are path, scale"),
+        ({"prompt": "  "}, None, "say what to draw"),
+        ({"prompt": ""}, "prompt", "at least 1 character"),
+        ({"preset": "portrait"}, "preset", "did you mean 'portrait_hd'"),
+        ({"schedule": "flux"}, "schedule", "known are bfl, ai_toolkit, linear"),
+        ({"schedule": 99}, "schedule", "from -2.0 to 8.0"),
+        ({"schedule": True}, "schedule", "a name or mu"),
+        ({"output_format": "gif"}, "output_format", "known are png, jpeg, webp"),
+        ({"num_inference_steps": 0}, "num_inference_steps", "greater than or equal to 1"),
+        ({"num_inference_steps": 101}, "num_inference_steps", "less than or equal to 100"),
+        ({"guidance_scale": float("nan")}, "guidance_scale", "finite"),
+        ({"guidance_scale": 21}, "guidance_scale", "less than or equal to 20"),
+        ({"seed": -1}, "seed", "greater than or equal to 0"),
+        ({"seed": 2**32}, "seed", "less than or equal to 4294967295"),
+        ({"num_images": 5}, "num_images", "less than or equal to 4"),
+        ({"loras": [{"path": "x", "scale": 5}]}, "loras.0.scale", "less than or equal to 4"),
+        ({"loras": [{"path": "x"}] * 9}, "loras", "at most 8"),
+        ({"lora_error": "ignore"}, "lora_error", "'continue' or 'fail'"),
+        ({"return_type": "s3"}, "return_type", "known are base64, url"),
+        ({"max_sequence_length": 513}, "max_sequence_length", "less than or equal to 512"),
+        ({"output_quality": 0}, "output_quality", "greater than or equal to 1"),
+    ],
+)
+def test_bad_values_name_the_field_and_the_way_out(
+    values: dict[str, Any], field: str | None, says: str
+) -> None:
+    """One sentence a caller can act on."""
+    with pytest.raises(InvalidRequest) as caught:
+        parse({"prompt": "a portrait", **values})
+    assert caught.value.field == field
+    assert says in str(caught.value)
+
+
+def test_what_clients_send_is_taken() -> None:
+    """Floats without a fraction, numbers in text, jpg, a mu as number or text."""
+    request = parse(
+        {
+            "prompt": "x",
+            "num_inference_steps": 28.0,
+            "width": "512",
+            "output_format": "jpg",
+            "schedule": "1.5",
+        }
+    )
+    assert request.num_inference_steps == 28
+    assert request.width == 512
+    assert request.output_format == "jpeg"
+    assert request.schedule == 1.5
+
+
+def test_the_first_workers_sample_is_taken() -> None:
+    """The predecessor's test_input.json works unchanged."""
+    request = parse(
+        {
+            "prompt": "a professional portrait photograph of TOK",
+            "negative_prompt": "cartoon, anime",
+            "preset": "realistic_character",
+            "seed": 42,
+            "num_images": 1,
+            "output_format": "png",
+            "lora_path": "",
+            "lora_scale": 1.0,
+        }
+    )
+    assert request.lora_path is None
+
+
+def test_every_field_is_described() -> None:
+    """Schema, command line and README show the description."""
+    for name, field in GenerateRequest.model_fields.items():
+        assert field.description, name

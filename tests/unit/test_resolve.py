@@ -1,0 +1,114 @@
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from klein.errors import InvalidRequest
+from klein.models import MODELS
+from klein.presets import PRESETS
+from klein.request import GenerateRequest, parse
+from klein.resolve import Resolved, resolve
+
+NINE, NANO, DISTILLED = MODELS["klein-base-9B"], MODELS["nano"], MODELS["klein-9B"]
+
+
+def _resolve(model: Any = NINE, **values: Any) -> Resolved:
+    return resolve(parse({"prompt": "a portrait", **values}), model, lambda: 42)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fills_what_is_open(name: str) -> None:
+    """Nothing but the preset's name: all its values arrive."""
+    preset, params = PRESETS[name], _resolve(preset=name).params
+    assert (params.width, params.height) == (preset.width, preset.height)
+    assert params.num_inference_steps == preset.num_inference_steps
+    assert params.guidance_scale == preset.guidance_scale
+    assert params.schedule == preset.schedule
+    assert params.max_sequence_length == 512
+
+
+def test_explicit_values_win_over_the_preset() -> None:
+    """Even when they happen to be another preset's defaults, and null means left open."""
+    params = _resolve(
+        preset="portrait_hd", height=1024, num_inference_steps=28, guidance_scale=None
+    ).params
+    assert (params.width, params.height) == (1024, 1024)
+    assert params.num_inference_steps == 28
+    assert params.guidance_scale == PRESETS["portrait_hd"].guidance_scale
+
+
+def test_sizes_scale_to_the_native_size() -> None:
+    """On nano a portrait stays a portrait; explicit sizes are pixels."""
+    assert (_resolve(NANO, preset="portrait_hd").params.height) == 384
+    assert (_resolve(NANO, preset="portrait_hd", height=320).params.height) == 320
+
+
+def test_rounding_is_told() -> None:
+    """A size that is not a multiple of 16 is rounded, and the result says from what to what."""
+    resolved = _resolve(width=1000, height=1010)
+    assert (resolved.params.width, resolved.params.height) == (1008, 1008)
+    assert "1000×1010 was rounded to 1008×1008" in resolved.warnings[0]
+
+
+@pytest.mark.parametrize(
+    "size", [{"width": 32}, {"width": 2048, "height": 2064}, {"width": 1024, "height": 64}]
+)
+def test_impossible_sizes_are_refused_by_field(size: dict[str, int]) -> None:
+    """The field is named, and what is possible."""
+    with pytest.raises(InvalidRequest) as caught:
+        _resolve(**size)
+    assert caught.value.field == "width"
+
+
+def test_distilled_models_keep_their_steps_and_guidance() -> None:
+    """A preset's 28 steps and guidance make no sense there; an explicit guidance is explained."""
+    params = _resolve(DISTILLED).params
+    assert (params.num_inference_steps, params.guidance_scale) == (4, 1.0)
+    told = _resolve(DISTILLED, guidance_scale=3, num_inference_steps=6)
+    assert (told.params.num_inference_steps, told.params.guidance_scale) == (6, 1.0)
+    assert "distilled" in told.warnings[0]
+
+
+def test_a_negative_prompt_without_guidance_is_told() -> None:
+    """It would silently do nothing."""
+    assert "no effect" in _resolve(negative_prompt="blue", guidance_scale=1).warnings[0]
+    assert not _resolve(negative_prompt="blue").warnings
+
+
+def test_seed_is_drawn_only_when_open() -> None:
+    """Zero is a seed."""
+    assert _resolve().params.seed == 42
+    assert _resolve(seed=0).params.seed == 0
+
+
+def test_sequence_length_is_the_models() -> None:
+    """Nano reads 128 tokens: the preset's 512 fit silently, an explicit 512 is told."""
+    assert _resolve(NANO).params.max_sequence_length == NANO.max_sequence_length
+    assert not _resolve(NANO).warnings
+    assert "max_sequence_length" in _resolve(NANO, max_sequence_length=512).warnings[0]
+
+
+def test_the_first_workers_lora_fields() -> None:
+    """lora_path and lora_scale are one LoRA; an empty path is none; a lone scale is told."""
+    (lora,) = _resolve(lora_path="a.safetensors", lora_scale=0.85).params.loras
+    assert (lora.path, lora.scale) == ("a.safetensors", 0.85)
+    assert _resolve(lora_path="", lora_scale=1.0).params.loras == ()
+    assert not _resolve(lora_path="", lora_scale=1.0).warnings
+    assert "lora_path" in _resolve(lora_path="", lora_scale=0.5).warnings[0]
+    both = _resolve(loras=[{"path": "x/y"}], lora_path="a.safetensors").params.loras
+    assert [one.path for one in both] == ["x/y", "a.safetensors"]
+
+
+@given(st.integers(1, 8192), st.integers(1, 8192))
+def test_any_size_is_made_possible_or_refused(width: int, height: int) -> None:
+    """What comes out of resolve can always be drawn."""
+    request = GenerateRequest(prompt="x", width=width, height=height)
+    try:
+        params = resolve(request, NINE, lambda: 1).params
+    except InvalidRequest:
+        return
+    assert params.width % 16 == 0
+    assert params.height % 16 == 0
+    assert min(params.width, params.height) >= 64
+    assert params.width * params.height <= 2048 * 2048
