@@ -116,8 +116,8 @@ class _ProgressFeed:
         update = {
             "step": progress.step,
             "steps": progress.steps,
-            "image": progress.image,
-            "images": progress.images,
+            "picture": progress.image,
+            "pictures": progress.images,
             "percent": round(100 * progress.fraction),
         }
         try:
