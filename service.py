@@ -11,19 +11,18 @@ import secrets
 import signal
 import sys
 import time
-from typing import Any, NoReturn, assert_never
+from typing import Any, NoReturn
 
 import bentoml
 from PIL import Image
 from starlette.responses import JSONResponse, Response
 
-from klein import preflight, render, web
+from klein import render, startup, web
 from klein.core import GenerationResult, ImagePipeline, Job
 from klein.delivery import Bucket
 from klein.engine import Engine, State
-from klein.errors import ErrorCode, InternalError, InvalidRequest, KleinError
+from klein.errors import InternalError, InvalidRequest, KleinError
 from klein.lora.library import LoraLibrary
-from klein.machine import Machine
 from klein.request import GenerateRequest
 from klein.resolve import resolve
 from klein.settings import Settings
@@ -51,37 +50,6 @@ def _settings() -> Settings:
 SETTINGS = _settings()
 
 
-def load_pipeline() -> ImagePipeline:
-    """The pipeline of the settings; imports torch only now, in the worker."""
-    from klein import pipeline
-
-    plan = preflight.plan(SETTINGS, Machine.probe(os.environ))
-    library = LoraLibrary(preflight.lora_folder(SETTINGS), SETTINGS.hf_token)
-    return pipeline.load(plan, SETTINGS, library)
-
-
-def http_status(code: ErrorCode) -> int:
-    """The HTTP status of each error; a new code does not type-check until it has one."""
-    match code:
-        case ErrorCode.INVALID_REQUEST | ErrorCode.BAD_SETTING:
-            return 400
-        case ErrorCode.LORA_FAILED:
-            return 422
-        case ErrorCode.QUEUE_FULL:
-            return 429
-        case ErrorCode.CANCELLED:
-            return 499
-        case ErrorCode.INTERNAL | ErrorCode.OUTPUT_TOO_LARGE:
-            return 500
-        case ErrorCode.DELIVERY_FAILED:
-            return 502
-        case ErrorCode.NOT_READY | ErrorCode.MODEL_UNAVAILABLE | ErrorCode.OUT_OF_MEMORY:
-            return 503
-        case ErrorCode.DEADLINE_EXCEEDED:
-            return 504
-    assert_never(code)
-
-
 @bentoml.service(
     name="klein",
     workers=1,
@@ -93,28 +61,34 @@ def http_status(code: ErrorCode) -> int:
 class Klein:
     """FLUX.2-klein with LoRAs."""
 
-    load = staticmethod(load_pipeline)
+    @staticmethod
+    def load(loras: LoraLibrary) -> ImagePipeline:
+        """The pipeline of the settings; imports torch only now, in the worker."""
+        return startup.loader(SETTINGS, os.environ, loras)()
 
     @bentoml.on_deployment
     @staticmethod
     def preflight() -> None:
         """Refuse, before any worker is started, what cannot work."""
         try:
-            preflight.plan(SETTINGS, Machine.probe(os.environ))
+            startup.loader(SETTINGS, os.environ)
             Bucket.from_settings(SETTINGS)
         except KleinError as error:
             _stop(error)
 
     def __init__(self) -> None:
         self.bucket = Bucket.from_settings(SETTINGS)
+        self.loras = startup.library(SETTINGS)
         self.engine = Engine(
             self._load_and_greet, queue_size=SETTINGS.queue_size, on_load_failed=_give_up
         ).start()
         WEB.state.engine = self.engine
+        WEB.state.loras = self.loras
+        WEB.state.uploads = SETTINGS.lora_uploads
 
     def _load_and_greet(self) -> ImagePipeline:
         log.info("loading %s", SETTINGS.model_id)
-        pipeline = self.load()
+        pipeline = self.load(self.loras)
         url = f"http://localhost:{os.environ.get('BENTOML_PORT') or os.environ.get('PORT', 3000)}"
         log.info("%s is ready at %s; try:\n\n%s\n", SETTINGS.model_id, url, _example(url))
         return pipeline
@@ -157,17 +131,22 @@ class Klein:
                 _require_one_picture(request)
             render.require_bucket(request.return_type, self.bucket)
             spec = self.engine.pipeline.info.spec
-            resolved = resolve(request, spec, lambda: secrets.randbelow(2**32))
+            resolved = resolve(
+                request,
+                spec,
+                lambda: secrets.randbelow(2**32),
+                prompt_loras=SETTINGS.prompt_loras,
+            )
             deadline = time.monotonic() + SETTINGS.timeout
             job = Job(resolved.params, deadline, resolved.warnings)
             job_id = job.id
             result = await self._run(ctx, job)
             return await asyncio.to_thread(renderer, result)
         except KleinError as error:
-            return _error_response(error, job_id)
+            return web.error_response(error, job_id)
         except Exception:
             log.exception("request %s failed", job_id)
-            return _error_response(InternalError("klein failed: see its log"), job_id)
+            return web.error_response(InternalError("klein failed: see its log"), job_id)
 
     async def _run(self, ctx: bentoml.Context, job: Job) -> GenerationResult:
         """Run `job`, and cancel it when the caller hangs up."""
@@ -207,10 +186,8 @@ def _require_one_picture(request: GenerateRequest) -> None:
 
 
 def _headers(result: GenerationResult) -> dict[str, str]:
-    loras = [
-        {"path": x.path, "applied": x.applied, "layers": f"{x.layers_matched}/{x.layers_in_file}"}
-        for x in result.loras
-    ]
+    proof = ("path", "applied", "layers_matched", "layers_in_file", "scale", "relative_change")
+    loras = [{name: getattr(report, name) for name in proof} for report in result.loras]
     values = {
         "x-klein-request-id": result.id,
         "x-klein-seed": str(result.params.seed),
@@ -219,12 +196,6 @@ def _headers(result: GenerationResult) -> dict[str, str]:
         "x-klein-loras": json.dumps(loras),
     }
     return {name: value[:HEADER_LIMIT] for name, value in values.items()}
-
-
-def _error_response(error: KleinError, job_id: str | None) -> Response:
-    headers = {"retry-after": "5"} if error.retryable else {}
-    body = {"error": error.as_dict(job_id)}
-    return JSONResponse(body, status_code=http_status(error.code), headers=headers)
 
 
 def _give_up(error: KleinError) -> None:

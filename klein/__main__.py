@@ -1,4 +1,4 @@
-"""The command line: `python -m klein generate|presets|show|doctor`."""
+"""The command line: `python -m klein generate|presets|show|lora|doctor`."""
 
 import argparse
 import os
@@ -14,7 +14,9 @@ from klein.errors import ErrorCode, InvalidRequest, KleinError
 if TYPE_CHECKING:
     from klein.core import GenerationResult, Job
     from klein.engine import Engine
+    from klein.lora.library import LoraLibrary
     from klein.request import GenerateRequest
+    from klein.settings import Settings
 
 OK, CALLERS_FAULT, BROKEN, TRY_AGAIN, INTERRUPTED = 0, 2, 70, 75, 130
 
@@ -65,6 +67,7 @@ def _parser(argv: list[str] | None) -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="print the parameters inside a picture")
     show.add_argument("file", type=Path)
     show.set_defaults(run=_show)
+    _add_lora_commands(commands.add_parser("lora", help="list, inspect, add, remove, convert"))
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -93,6 +96,28 @@ def _add_request_flags(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(flag, dest=name, metavar=shown, help=field.description)
 
 
+def _add_lora_commands(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    rows = commands.add_parser("list", help="every LoRA at hand")
+    rows.set_defaults(run=_lora_list)
+    inspect = commands.add_parser("inspect", help="what a .safetensors file is")
+    inspect.add_argument("file", type=Path)
+    inspect.set_defaults(run=_lora_inspect)
+    add = commands.add_parser("add", help="copy a LoRA into KLEIN_LORA_DIR")
+    add.add_argument("path", help="a file, owner/repo, https address or civitai:VERSION")
+    add.add_argument("--name", help="file name to give it")
+    add.add_argument("--weight-name", help="which file of a Hub repository")
+    add.add_argument("--revision", help="commit, tag or branch of a Hub repository")
+    add.set_defaults(run=_lora_add)
+    remove = commands.add_parser("remove", help="delete a LoRA from KLEIN_LORA_DIR")
+    remove.add_argument("name")
+    remove.set_defaults(run=_lora_remove)
+    convert = commands.add_parser("convert", help="write a file in diffusers' format")
+    convert.add_argument("file", type=Path)
+    convert.add_argument("output", type=Path)
+    convert.set_defaults(run=_lora_convert)
+
+
 def _generate(args: argparse.Namespace) -> int:
     request = _request(args)
     from klein.settings import Settings
@@ -100,7 +125,7 @@ def _generate(args: argparse.Namespace) -> int:
     settings = Settings.from_env(os.environ)
     engine = _start(settings)
     try:
-        result = _run(engine, request, settings.timeout)
+        result = _run(engine, request, settings)
     finally:
         engine.stop()
     _write(result, args.output)
@@ -161,7 +186,7 @@ def _lora(text: str) -> dict[str, Any]:
         return {"path": text}
 
 
-def _start(settings: Any) -> "Engine":
+def _start(settings: "Settings") -> "Engine":
     from klein import startup
     from klein.engine import Engine
 
@@ -172,21 +197,32 @@ def _start(settings: Any) -> "Engine":
     return engine
 
 
-def _run(engine: "Engine", request: "GenerateRequest", timeout: float) -> "GenerationResult":
+def _run(engine: "Engine", request: "GenerateRequest", settings: "Settings") -> "GenerationResult":
     from tqdm import tqdm
 
     from klein.core import Job, Progress
     from klein.resolve import resolve
 
     spec = engine.pipeline.info.spec
-    resolved = resolve(request, spec, lambda: secrets.randbelow(2**32))
+    resolved = resolve(
+        request,
+        spec,
+        lambda: secrets.randbelow(2**32),
+        prompt_loras=settings.prompt_loras,
+    )
     params = resolved.params
     bar = tqdm(total=params.num_inference_steps * params.num_images, unit="step", leave=False)
 
-    def on_progress(_: Progress) -> None:
-        bar.update()
+    def on_progress(progress: Progress) -> None:
+        if progress.stage == "fetch":
+            bar.set_description(f"fetching a LoRA, {progress.step / 1e6:.0f} MB")
+        else:
+            bar.set_description("")
+            bar.update()
 
-    job = Job(params, time.monotonic() + timeout, resolved.warnings, on_progress=on_progress)
+    job = Job(
+        params, time.monotonic() + settings.timeout, resolved.warnings, on_progress=on_progress
+    )
     try:
         return _wait(engine, job)
     finally:
@@ -242,6 +278,66 @@ def _bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InvalidRequest(f"{path} cannot be read ({error.strerror})") from error
+
+
+def _library() -> "LoraLibrary":
+    from klein import startup
+    from klein.settings import Settings
+
+    return startup.library(Settings.from_env(os.environ))
+
+
+def _lora_list(args: argparse.Namespace) -> int:
+    for row in _library().entries():
+        words = ", ".join(row.get("trigger_words", ()))
+        facts = row.get("error") or f"{row['format']}, rank {row['rank']}, for {row['base']}"
+        size = f"{row['bytes'] / 1e6:.1f} MB"
+        print(f"{row['name']:<32} {size:>10}  {facts}{f', trigger {words}' if words else ''}")
+    return OK
+
+
+def _lora_inspect(args: argparse.Namespace) -> int:
+    import json
+
+    from klein.lora import file
+    from klein.lora.library import describe
+
+    print(json.dumps(describe(file.inspect(args.file, args.file.name)), indent=2))
+    return OK
+
+
+def _lora_add(args: argparse.Namespace) -> int:
+    from klein.lora.reference import LoraSpec
+
+    local = Path(args.path)
+    if local.is_file():
+        with local.open("rb") as source:
+            chunks = iter(lambda: source.read(1 << 20), b"")
+            row = _library().add(args.name or local.name, chunks)
+    else:
+        spec = LoraSpec(args.path, weight_name=args.weight_name, revision=args.revision)
+        row = _library().add_reference(spec, args.name, _show_bytes)
+    print(f"{row['name']}: {row['format']}, rank {row['rank']}, for {row['base']}")
+    return OK
+
+
+def _show_bytes(have: int, total: int | None) -> None:
+    of = f" of {total / 1e6:.0f}" if total else ""
+    print(f"\r{have / 1e6:.0f}{of} MB", end="\n" if have == total else "", file=sys.stderr)
+
+
+def _lora_remove(args: argparse.Namespace) -> int:
+    _library().remove(args.name)
+    return OK
+
+
+def _lora_convert(args: argparse.Namespace) -> int:
+    from klein.convert import convert
+    from klein.lora import file
+
+    rank = convert(file.inspect(args.file, args.file.name), args.output)
+    print(f"{args.output}: diffusers, rank {rank}")
+    return OK
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -1,24 +1,27 @@
 """Puts LoRAs on a transformer by adding them into its weights, and proves that they are there.
 
-W = W₀ + Σ scaleᵢ · ΔWᵢ is computed in float32 from a pristine copy of W₀ and rounded once, so
-pictures cost nothing extra, nothing drifts, and taking LoRAs off is a copy: bit for bit the model
-as loaded. Every format ends in a ΔW, so all of them are served by the same few lines.
+W = W₀ + Σ scaleᵢ · ΔWᵢ is computed from a pristine copy of W₀ with float32 sums and rounded once,
+so a step costs what it costs without LoRAs, nothing drifts, nothing recompiles, and taking LoRAs
+off is a copy: bit for bit the model as loaded. Every format ends in a ΔW, so all are served by the
+same few lines.
 """
 
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from klein.core import LoraReport
 from klein.errors import LoraError
 from klein.lora.file import LoraFile, Patch
-from klein.models import MODELS, ModelSpec
+from klein.models import ModelSpec
 
-_OTHER_WIDTHS = {6144: "FLUX.2-dev"}
+FACTOR_BYTES = 2 * 1024**3
+"""Of recently used LoRAs kept on the device, so that their second use reads no file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,14 @@ class _Share:
     rows: slice
 
 
+@dataclass(slots=True)
+class _Tally:
+    """What one LoRA changed, layer by layer; tensors, so that nothing waits for the GPU."""
+
+    changes: list[Tensor]
+    strengths: list[float]
+
+
 class LoraMerger:
     """The LoRAs on one transformer. Not thread-safe: one job at a time."""
 
@@ -50,6 +61,8 @@ class LoraMerger:
             if isinstance(module, torch.nn.Linear)
         }
         self._pristine: dict[str, Tensor] = {}
+        self._norms: dict[str, Tensor] = {}
+        self._factors: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._changed: set[str] = set()
         self._active: tuple[tuple[str, float], ...] | None = ()
         self._reports: list[LoraReport] = []
@@ -58,17 +71,18 @@ class LoraMerger:
         """Raise LoraError unless every layer of `file` is a layer of this model."""
         if file.hidden not in (None, self._spec.hidden):
             raise LoraError(
-                f"LoRA {file.name!r} was trained for {_model_of(file.hidden)}, and the loaded "
-                f"model is {self._spec.name} (width {self._spec.hidden})"
+                f"LoRA {file.name!r} was trained for {file.base}, and the loaded model is "
+                f"{self._spec.name} (width {self._spec.hidden})"
             )
         for patch in file.patches:
             rows = 0
             for name in patch.modules:
                 linear = self._linears.get(name)
                 if linear is None or linear.in_features != patch.shape[1]:
+                    why = "missing there" if linear is None else "of another width"
                     raise LoraError(
                         f"LoRA {file.name!r} does not fit {self._spec.name}: its layer "
-                        f"{patch.layer!r} is {'missing there' if linear is None else 'wider'}"
+                        f"{patch.layer!r} is {why}"
                     )
                 rows += linear.out_features
             if rows != patch.shape[0]:
@@ -83,36 +97,44 @@ class LoraMerger:
 
         Whatever interrupts it, the next call starts from the pristine weights.
         """
+        started = time.perf_counter()
         key = tuple((one.file.sha256, one.scale) for one in wanted)
         if key != self._active:
             self._active = None
             self._reports = self._merge(wanted)
             self._active = key
-        return list(self._reports)
+        seconds = round(time.perf_counter() - started, 4)
+        named = zip(self._reports, wanted, strict=True)
+        return [replace(report, path=one.path, seconds=seconds) for report, one in named]
 
     def _merge(self, wanted: Sequence[Wanted]) -> list[LoraReport]:
         shares = self._shares(wanted)
-        changes: list[list[Tensor]] = [[] for _ in wanted]
-        with ExitStack() as files:
-            device = str(next(iter(self._linears.values())).weight.device)
-            readers = [
-                files.enter_context(safe_open(str(one.file.path), framework="pt", device=device))
-                for one in wanted
-            ]
-            for name in sorted(self._changed | shares.keys()):
-                weight = self._original(name)
-                self._changed.add(name)
-                total = original = weight.float()
-                for share in shares.get(name, ()):
-                    get = readers[share.lora].get_tensor
-                    parts = {part: get(key).float() for part, key in share.patch.tensors.items()}
-                    scale = wanted[share.lora].scale
-                    change = scale * delta(share.patch, parts, original, share.rows)
-                    total = total + change
-                    changes[share.lora].append(change.norm() / original.norm().clamp_min(1e-12))
-                self._linears[name].weight.copy_(total if name in shares else weight)
+        factors = [self._read(one.file) for one in wanted]
+        tallies = [_Tally([], []) for _ in wanted]
+        for name in sorted(self._changed | shares.keys()):
+            original = self._original(name)
+            self._changed.add(name)
+            target = self._linears[name].weight
+            mine = shares.get(name, [])
+            scales = [wanted[share.lora].scale for share in mine]
+            parts = [_parts(share.patch, factors[share.lora]) for share in mine]
+            if len(mine) == 1 and _is_plain(mine[0].patch, parts[0], target):
+                share, part = mine[0], parts[0]
+                by = scales[0] * _strength(share.patch, part)
+                torch.addmm(original, part["up"][share.rows], part["down"], alpha=by, out=target)
+                changes = [abs(by) * _product_norm(part["up"][share.rows], part["down"])]
+            else:
+                deltas = [
+                    scale * delta(share.patch, part, original.float(), share.rows)
+                    for share, scale, part in zip(mine, scales, parts, strict=True)
+                ]
+                target.copy_(sum(deltas, original.float()) if deltas else original)
+                changes = [change.norm() for change in deltas]
+            for share, part, change in zip(mine, parts, changes, strict=True):
+                tallies[share.lora].changes.append(change / self._norms[name])
+                tallies[share.lora].strengths.append(_strength(share.patch, part))
         self._changed = set(shares)
-        return [_report(one, found) for one, found in zip(wanted, changes, strict=True)]
+        return [_report(one, tally) for one, tally in zip(wanted, tallies, strict=True)]
 
     def _shares(self, wanted: Sequence[Wanted]) -> dict[str, list[_Share]]:
         shares: dict[str, list[_Share]] = {}
@@ -126,19 +148,47 @@ class LoraMerger:
         return shares
 
     def _original(self, name: str) -> Tensor:
-        """The weight as loaded. Its copy is made when a LoRA first touches it."""
+        """The weight as loaded, on the device it acts on; copied when a LoRA first touches it.
+
+        The copies stay on the GPU if they fit there beside a picture, else in main memory.
+        """
+        weight = self._linears[name].weight
         if name not in self._pristine:
-            self._pristine[name] = self._linears[name].weight.detach().clone()
-        return self._pristine[name]
+            copy = weight.detach().clone()
+            self._norms[name] = torch.linalg.vector_norm(copy, dtype=torch.float32).clamp_min(1e-12)
+            self._pristine[name] = copy if self._room_for_copies(weight) else copy.cpu()
+        return self._pristine[name].to(weight.device)
+
+    def _room_for_copies(self, weight: Tensor) -> bool:
+        if not weight.is_cuda:
+            return True
+        spare = 6 * 1024**3
+        held = sum(w.nbytes for w in self._pristine.values() if w.is_cuda)
+        wanted = sum(linear.weight.nbytes for linear in self._linears.values())
+        return torch.cuda.mem_get_info()[0] > wanted - held + spare
+
+    def _read(self, file: LoraFile) -> dict[str, Tensor]:
+        """The file's tensors on the device, kept for its next use."""
+        if file.sha256 not in self._factors:
+            device = str(next(iter(self._linears.values())).weight.device)
+            self._factors[file.sha256] = load_file(file.path, device=device)
+        self._factors.move_to_end(file.sha256)
+        while len(self._factors) > 1 and self._held() > FACTOR_BYTES:
+            self._factors.popitem(last=False)
+        return self._factors[file.sha256]
+
+    def _held(self) -> int:
+        return sum(t.nbytes for tensors in self._factors.values() for t in tensors.values())
 
 
-def delta(patch: Patch, parts: dict[str, Tensor], original: Tensor, rows: slice) -> Tensor:
+def delta(patch: Patch, stored: Mapping[str, Tensor], original: Tensor, rows: slice) -> Tensor:
     """Rows `rows` of ΔW at scale 1, float32, of shape (rows, in).
 
-    `parts` are the patch's tensors in float32, `original` the weight W₀ of those rows (for DoRA,
+    `stored` are the patch's tensors, `original` the float32 weight W₀ of those rows (for DoRA,
     which rescales whole rows). Sources: LoRA (Hu 2021), LoHa and LoKr (LyCORIS), DoRA (Liu 2024).
     """
-    strength = float(parts["alpha"]) / patch.rank if "alpha" in parts and patch.rank else 1.0
+    strength = _strength(patch, stored)
+    parts = {part: tensor.float() for part, tensor in stored.items()}
     if patch.swapped_halves:
         parts = {k: torch.cat(v.chunk(2)[::-1]) if k in _BY_ROWS else v for k, v in parts.items()}
     match patch.kind:
@@ -163,8 +213,37 @@ _BY_ROWS = ("up", "diff", "magnitude", "hada_w1_a", "hada_w2_a")
 """Parts whose first axis is the layer's output."""
 
 
-def _report(one: Wanted, changes: list[Tensor]) -> LoraReport:
+def _parts(patch: Patch, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {part: tensors[name] for part, name in patch.tensors.items()}
+
+
+def _strength(patch: Patch, parts: Mapping[str, Tensor]) -> float:
+    """alpha / rank; 1 without alpha, and for a LoKr of two whole factors, which has no rank."""
+    return float(parts["alpha"]) / patch.rank if "alpha" in parts and patch.rank else 1.0
+
+
+def _is_plain(patch: Patch, parts: Mapping[str, Tensor], target: Tensor) -> bool:
+    """Whether one matrix product with float32 sums gives the rounded result at once."""
+    return (
+        patch.kind == "lora"
+        and not patch.swapped_halves
+        and parts["up"].dtype == parts["down"].dtype == target.dtype
+    )
+
+
+def _product_norm(up: Tensor, down: Tensor) -> Tensor:
+    """|up · down| (Frobenius) from two rank × rank products instead of the whole."""
+    up, down = up.float(), down.float()
+    return ((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt()
+
+
+def _factor(part: str, parts: dict[str, Tensor]) -> Tensor:
+    return parts[part] if part in parts else parts[f"{part}_a"] @ parts[f"{part}_b"]
+
+
+def _report(one: Wanted, tally: _Tally) -> LoraReport:
     layers = len(one.file.patches)
+    mean = sum(tally.strengths) / len(tally.strengths)
     return LoraReport(
         path=one.path,
         scale=one.scale,
@@ -174,16 +253,7 @@ def _report(one: Wanted, changes: list[Tensor]) -> LoraReport:
         rank=one.file.rank,
         layers_matched=layers,
         layers_in_file=layers,
-        relative_change=round(torch.stack(changes).mean().item(), 8),
+        effective_scale=round(one.scale * mean, 6),
+        relative_change=round(torch.stack(tally.changes).mean().item(), 8),
         trigger_words=one.file.trigger_words,
     )
-
-
-def _factor(part: str, parts: dict[str, Tensor]) -> Tensor:
-    return parts[part] if part in parts else parts[f"{part}_a"] @ parts[f"{part}_b"]
-
-
-def _model_of(hidden: int | None) -> str:
-    names = [spec.name for spec in MODELS.values() if spec.hidden == hidden]
-    name = " or ".join(names) or _OTHER_WIDTHS.get(hidden or 0, "another model")
-    return f"{name} (width {hidden})"

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from klein.errors import Cancelled, DeadlineExceeded, KleinError
+from klein.errors import Cancelled, DeadlineExceeded, KleinError, LoraError
+from klein.lora.file import LoraFile
 from klein.lora.reference import LoraSpec
 from klein.models import ModelSpec
 from klein.schedule import Schedule
@@ -42,7 +43,9 @@ class GenerationParams:
 class LoraReport:
     """What one LoRA of a request did: proof that it acted, or why it did not.
 
-    `relative_change` is the mean over its layers of |scale · ΔW| / |W| (Frobenius norms).
+    `effective_scale` is scale · alpha / rank (the mean over layers that differ), `relative_change`
+    the mean over its layers of |scale · ΔW| / |W| (Frobenius norms), `seconds` what it took to put
+    all LoRAs of the job on.
     """
 
     path: str
@@ -54,8 +57,10 @@ class LoraReport:
     rank: int | None = None
     layers_matched: int = 0
     layers_in_file: int = 0
+    effective_scale: float | None = None
     relative_change: float | None = None
     trigger_words: tuple[str, ...] = ()
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,7 @@ class ModelInfo:
     dtype: str
     placement: str
     versions: dict[str, str]
+    attention: str = "torch's own attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +103,20 @@ class GenerationResult:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Step `step` of `steps` of picture `image` of `images`; all count from 1."""
+    """Step `step` of `steps` of picture `image` of `images`, all counted from 1; while a LoRA is
+    fetched `stage` is "fetch" and the steps are bytes."""
 
     step: int
     steps: int
     image: int
     images: int
+    stage: str = "denoise"
 
     @property
     def fraction(self) -> float:
-        """Of the whole job, 0 to 1."""
-        return ((self.image - 1) * self.steps + self.step) / (self.steps * self.images)
+        """Of the drawing, or of the fetching; 0 to 1."""
+        done = (self.image - 1) * self.steps + self.step
+        return min(1.0, done / max(1, self.steps * self.images))
 
 
 @dataclass(slots=True)
@@ -120,6 +129,8 @@ class Job:
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
     on_progress: Callable[[Progress], None] = lambda _: None
     submitted: float = field(default_factory=time.monotonic)
+    loras: tuple[LoraFile | LoraError, ...] | None = None
+    """What `params.loras` turned out to be; set by `ImagePipeline.prepare`."""
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
@@ -143,6 +154,10 @@ class Job:
         if error := self.over:
             raise error
 
+    def fetching(self, have: int, total: int | None) -> None:
+        """Tell the caller about bytes of a LoRA on their way, then check."""
+        self.report(Progress(have, total or have, 1, 1, stage="fetch"))
+
     def report(self, progress: Progress) -> None:
         """Tell the caller about a finished step, then check."""
         self.on_progress(progress)
@@ -153,6 +168,10 @@ class ImagePipeline(Protocol):
     """What an engine drives. One job at a time; after an exception the next job finds it clean."""
 
     info: ModelInfo
+
+    def prepare(self, job: Job) -> None:
+        """Do for `job` what needs no GPU, such as fetching LoRAs; in any thread, many at once."""
+        ...
 
     def generate(self, job: Job) -> GenerationResult: ...
 

@@ -1,16 +1,17 @@
 """One GPU: a bounded queue and one worker thread that owns the pipeline.
 
-A job's way: `submit` refuses at once when the queue is full · the worker takes it · every step
-checks its deadline and its cancel flag · its future gets the result or a KleinError.
+A job's way: `submit` refuses at once when the queue is full · what needs no GPU, such as fetching a
+LoRA, is done beside the worker, and jobs that are ready go first · the worker takes it · every
+step checks its deadline and its cancel flag · its future gets the result or a KleinError.
 """
 
 import asyncio
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -29,6 +30,19 @@ class State(StrEnum):
     STOPPED = "stopped"
 
 
+PREPARERS = 4
+"""Threads that fetch for waiting jobs."""
+
+
+@dataclass(eq=False, slots=True)
+class _Entry:
+    """A job in the queue; the worker takes the first that is ready."""
+
+    job: Job
+    future: "Future[GenerationResult]"
+    ready: bool
+
+
 class Engine:
     """Runs jobs one at a time on the pipeline that `load` returns, loaded in the background."""
 
@@ -42,7 +56,8 @@ class Engine:
         self._load = load
         self._on_load_failed = on_load_failed
         self._queue_size = queue_size
-        self._waiting: deque[tuple[Job, Future[GenerationResult]]] = deque()
+        self._waiting: list[_Entry] = []
+        self._preparers = ThreadPoolExecutor(PREPARERS, "klein-prepare")
         self._running: Job | None = None
         self._wake = threading.Condition()
         self._loaded = threading.Event()
@@ -60,12 +75,14 @@ class Engine:
         """Cancel everything and end the worker; returns when the GPU is free."""
         with self._wake:
             self.state = State.STOPPED
-            for job, _ in self._waiting:
-                job.cancel()
+            for entry in self._waiting:
+                entry.job.cancel()
+                entry.ready = True
             if self._running:
                 self._running.cancel()
             self._wake.notify_all()
         self._thread.join()
+        self._preparers.shutdown(wait=False, cancel_futures=True)
 
     def wait_ready(self, timeout: float | None = None) -> ImagePipeline:
         """Block until the model is loaded; raises why it could not be."""
@@ -102,10 +119,12 @@ class Engine:
                     f"{self._queue_size} jobs are waiting already: try again later, "
                     "or raise KLEIN_QUEUE_SIZE"
                 )
-            future: Future[GenerationResult] = Future()
-            self._waiting.append((job, future))
+            entry = _Entry(job, Future(), ready=not job.params.loras)
+            self._waiting.append(entry)
             self._wake.notify_all()
-        return future
+        if not entry.ready:
+            self._preparers.submit(self._prepare, entry)
+        return entry.future
 
     async def run(self, job: Job) -> GenerationResult:
         """Submit and wait. Cancelling the waiter cancels the job and waits for the GPU.
@@ -133,11 +152,28 @@ class Engine:
     def _drop(self, job: Job) -> None:
         """Fail a job that is over and still in the queue."""
         with self._wake:
-            found = next((entry for entry in self._waiting if entry[0] is job), None)
-            if found is None or job.over is None:
+            entry = next((entry for entry in self._waiting if entry.job is job), None)
+            if entry is None or job.over is None:
                 return
-            self._waiting.remove(found)
-            found[1].set_exception(job.over)
+            self._waiting.remove(entry)
+            entry.future.set_exception(job.over)
+
+    def _prepare(self, entry: _Entry) -> None:
+        """Make `entry` ready; a fault on the way is the worker's to tell, as any other."""
+        fault = None
+        try:
+            entry.job.check()
+            self.pipeline.prepare(entry.job)
+        except KleinError as error:
+            fault = error
+        except Exception as error:
+            fault = self._unknown(entry.job, error)
+        with self._wake:
+            entry.ready = True
+            if fault and entry in self._waiting:
+                self._waiting.remove(entry)
+                entry.future.set_exception(fault)
+            self._wake.notify_all()
 
     # -- the worker thread ---------------------------------------------------------------------
 
@@ -156,7 +192,7 @@ class Engine:
                 self.state = State.READY
         self._loaded.set()
         while taken := self._take():
-            self._run(*taken)
+            self._run(taken)
 
     def _fail(self, error: KleinError) -> None:
         self.error = error
@@ -164,30 +200,31 @@ class Engine:
         self._loaded.set()
         self._on_load_failed(error)
 
-    def _take(self) -> tuple[Job, "Future[GenerationResult]"] | None:
+    def _take(self) -> _Entry | None:
         with self._wake:
-            while not self._waiting:
+            while not (entry := next((e for e in self._waiting if e.ready), None)):
                 if self.state is State.STOPPED:
                     return None
                 self._wake.wait()
-            entry = self._waiting.popleft()
-            self._running = entry[0]
+            self._waiting.remove(entry)
+            self._running = entry.job
             return entry
 
-    def _run(self, job: Job, future: "Future[GenerationResult]") -> None:
+    def _run(self, entry: _Entry) -> None:
+        job, future = entry.job, entry.future
         try:
             job.check()
             result = self.pipeline.generate(job)
         except KleinError as error:
             self._settle(future.set_exception, error)
         except Exception as error:
-            log.exception("job %s failed", job.id)
-            self._settle(
-                future.set_exception,
-                InternalError(f"{type(error).__name__} inside klein: see its log for {job.id}"),
-            )
+            self._settle(future.set_exception, self._unknown(job, error))
         else:
             self._settle(future.set_result, result)
+
+    def _unknown(self, job: Job, error: Exception) -> InternalError:
+        log.error("job %s failed", job.id, exc_info=error)
+        return InternalError(f"{type(error).__name__} inside klein: see its log for {job.id}")
 
     def _settle(self, settle: Callable[[Any], None], outcome: Any) -> None:
         """The GPU is free before anybody hears of the outcome."""

@@ -13,11 +13,13 @@ from typing import Any
 from klein import __version__
 from klein.core import GeneratedImage, GenerationResult
 from klein.errors import InvalidRequest
+from klein.lora.reference import shown
 from klein.request import GenerateRequest
 
 _NEGATIVE = "\nNegative prompt: "
 _OWN = re.compile(r', klein: ("(?:[^"\\]|\\.)*")$')
 _IN_TEXT = ("prompt", "negative_prompt")
+_HUB_ONLY = ("weight_name", "revision")
 
 
 def to_text(result: GenerationResult, image: GeneratedImage) -> str:
@@ -28,7 +30,8 @@ def to_text(result: GenerationResult, image: GeneratedImage) -> str:
         own[name] = len(own[name])
     applied = [report for report in result.loras if report.applied]
     own["loras"] = [
-        {name: value for name, value in asdict(spec).items() if value is not None}
+        {"path": shown(spec.path), "scale": spec.scale}
+        | {k: v for k in _HUB_ONLY if (v := getattr(spec, k)) is not None}
         for spec, report in zip(params.loras, result.loras, strict=True)
         if report.applied
     ]

@@ -9,6 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from torch import Tensor
 
-from klein import __version__, schedule, sizes
+from klein import __version__, schedule, sizes, weights
 from klein.adapters import LoraMerger, Wanted
 from klein.core import (
     GeneratedImage,
@@ -30,9 +31,12 @@ from klein.core import (
     Progress,
 )
 from klein.errors import InternalError, LoraError, ModelUnavailable, OutOfMemory
+from klein.lora.file import LoraFile
 from klein.lora.library import LoraLibrary
+from klein.lora.reference import shown
 from klein.models import GB
 from klein.preflight import Plan
+from klein.resolve import settle_loras
 from klein.settings import Settings
 
 log = logging.getLogger("bentoml.klein")
@@ -48,7 +52,12 @@ class KleinPipeline:
     """One model on one device, and the LoRAs on it. One job at a time."""
 
     def __init__(
-        self, pipe: Flux2KleinPipeline, plan: Plan, settings: Settings, library: LoraLibrary
+        self,
+        pipe: Flux2KleinPipeline,
+        plan: Plan,
+        settings: Settings,
+        library: LoraLibrary,
+        attention: str,
     ) -> None:
         self._pipe = pipe
         self._plan = plan
@@ -66,6 +75,7 @@ class KleinPipeline:
             device=torch.cuda.get_device_name() if plan.device == "cuda" else "cpu",
             dtype=str(pipe.transformer.dtype).removeprefix("torch."),
             placement=plan.why,
+            attention=attention,
             versions={
                 "klein": __version__,
                 "torch": torch.__version__,
@@ -87,6 +97,8 @@ class KleinPipeline:
         Raises a KleinError; whatever it raises, the next job finds the pipeline clean.
         """
         clock = _Clock(job.submitted)
+        if job.loras is None:
+            self.prepare(job)
         params, warnings = job.params, list(job.warnings)
         try:
             job.check()
@@ -121,23 +133,39 @@ class KleinPipeline:
             model=self.info,
         )
 
+    def prepare(self, job: Job) -> None:
+        """Find and fetch the job's LoRAs, and settle what only their files know."""
+        found: list[LoraFile | LoraError] = []
+        for spec in job.params.loras:
+            try:
+                found.append(self._library.find(spec, job.fetching))
+            except LoraError as error:
+                if job.params.lora_error == "fail":
+                    raise
+                found.append(error)
+        job.loras = tuple(found)
+        settled = settle_loras(job.params, job.loras)
+        job.params, job.warnings = settled.params, (*job.warnings, *settled.warnings)
+
     # -- LoRAs ---------------------------------------------------------------------------------
 
     def _put_loras(self, job: Job, warnings: list[str]) -> list[LoraReport]:
         """Make the job's LoRAs active; with `lora_error: continue` failures become warnings."""
         reports: list[LoraReport | None] = []
         wanted = []
-        for spec in job.params.loras:
+        for spec, found in zip(job.params.loras, job.loras or (), strict=True):
+            path, scale = shown(spec.path), spec.scale or 0.0
             try:
-                file = self._library.find(spec)
-                self._merger.check(file)
-                wanted.append(Wanted(spec.path, file, spec.scale))
+                if isinstance(found, LoraError):
+                    raise found
+                self._merger.check(found)
+                wanted.append(Wanted(path, found, scale))
                 reports.append(None)
             except LoraError as error:
                 if job.params.lora_error == "fail":
                     raise
                 warnings.append(f"DRAWN WITHOUT A LORA: {error}")
-                reports.append(LoraReport(spec.path, spec.scale, applied=False, error=str(error)))
+                reports.append(LoraReport(path, scale, applied=False, error=str(error)))
         with self._weights_at_hand():
             applied = iter(self._merger.apply(wanted))
         return [report or next(applied) for report in reports]
@@ -291,14 +319,15 @@ def load(plan: Plan, settings: Settings, library: LoraLibrary) -> KleinPipeline:
             f"torch {torch.__version__} cannot use this GPU: install a CUDA build that fits the "
             "driver, or use MODEL_ID=nano with KLEIN_DEVICE=cpu"
         )
+    if plan.download:
+        token = settings.hf_token.value if settings.hf_token else None
+        fetched = weights.download(plan.source, plan.revision, token)
+        plan = replace(plan, source=str(fetched.folder), revision=fetched.revision)
     started = time.perf_counter()
+    log.info("reading the weights from %s: %s", plan.found_in, plan.source)
     _quiet(small=not plan.spec.needs_gpu)
     dtype = torch.bfloat16 if plan.device == "cuda" else torch.float32
-    where: dict[str, Any] = {
-        "revision": plan.revision,
-        "token": settings.hf_token.value if settings.hf_token else None,
-        "use_safetensors": True,
-    }
+    where: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
     try:
         encoder = _cut_text_encoder(plan, dtype, where)
         pipe = Flux2KleinPipeline.from_pretrained(
@@ -306,14 +335,17 @@ def load(plan: Plan, settings: Settings, library: LoraLibrary) -> KleinPipeline:
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelUnavailable(
-            f"{plan.source} could not be loaded ({type(error).__name__}): {str(error)[:300]}"
+            f"{settings.model_id} from {plan.found_in} could not be loaded "
+            f"({type(error).__name__}): {str(error)[:300]}"
         ) from error
     _assert_klein(pipe, plan)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.use_slicing = settings.vae_slicing
     _place(pipe, plan)
-    log.info("%s loaded in %.1f s, %s", plan.source, time.perf_counter() - started, plan.why)
-    return KleinPipeline(pipe, plan, settings, library)
+    attention = _choose_attention(pipe.transformer, plan.device)
+    seconds = time.perf_counter() - started
+    log.info("%s loaded in %.1f s, %s; %s", settings.model_id, seconds, plan.why, attention)
+    return KleinPipeline(pipe, plan, settings, library, attention)
 
 
 def _quiet(*, small: bool) -> None:
@@ -330,9 +362,7 @@ def _cut_text_encoder(plan: Plan, dtype: torch.dtype, where: dict[str, Any]) -> 
     transformers replaces the last hidden state by its normed form, so that norm goes too; what
     is left is bit-identical to the whole encoder's states 9, 18 and 27.
     """
-    config = transformers.AutoConfig.from_pretrained(
-        plan.source, subfolder="text_encoder", revision=where["revision"], token=where["token"]
-    )
+    config = transformers.AutoConfig.from_pretrained(plan.source, subfolder="text_encoder")
     config.num_hidden_layers = min(config.num_hidden_layers, OUT_LAYERS[-1])
     if layer_types := getattr(config, "layer_types", None):
         config.layer_types = layer_types[: config.num_hidden_layers]
@@ -353,6 +383,25 @@ def _assert_klein(pipe: Any, plan: Plan) -> None:
         raise ModelUnavailable(
             f"model_index.json says {kind}, and {plan.spec.name} is the opposite"
         )
+
+
+def _choose_attention(transformer: Any, device: str) -> str:
+    """flash-attn where it is installed and really runs, else torch's own; says which, and why."""
+    own = "torch's own attention"
+    if device != "cuda":
+        return own
+    try:
+        import flash_attn
+
+        probe = torch.randn(1, 16, 1, 128, device="cuda", dtype=torch.bfloat16)
+        flash_attn.flash_attn_func(probe, probe, probe)
+        transformer.set_attention_backend("flash")
+    except ModuleNotFoundError:
+        return f"{own} (flash-attn is not installed)"
+    except Exception as error:  # built for another torch, or not for this GPU
+        log.warning("flash-attn cannot be used here: %s", str(error)[:300])
+        return f"{own} (flash-attn is installed but failed: {type(error).__name__})"
+    return f"flash-attn {flash_attn.__version__}"
 
 
 def _place(pipe: Any, plan: Plan) -> None:

@@ -8,13 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from klein import models
+from klein import models, weights
 from klein.errors import ModelUnavailable, unknown
 from klein.machine import Machine
 from klein.models import GB, ModelSpec
 from klein.settings import Offload, Settings
+from klein.weights import Found
 
 NANO_FOLDER = Path(__file__).parent / "nano"
+LOCAL = "a local folder"
 WORKING_BYTES = 4 * GB
 """What a 1024×1024 picture needs beside the weights: an estimate, on the generous side."""
 SEQUENTIAL_BYTES = 6 * GB
@@ -25,7 +27,10 @@ ReadConfig = Callable[[str], dict[str, object]]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to load: `source` is a folder or a Hub id; `why` explains the placement."""
+    """What to load: `source` is a folder, or a Hub id to `download`; `why` explains the placement.
+
+    `found_in` says in words where the weights are.
+    """
 
     source: str
     revision: str | None
@@ -33,27 +38,34 @@ class Plan:
     device: str
     offload: Offload
     why: str
+    found_in: str
     local: bool = False
+    download: bool = False
 
 
 def plan(settings: Settings, machine: Machine) -> Plan:
     """The plan for these settings on this machine; raises ModelUnavailable with the way out."""
-    folder = _folder(settings.model_id)
-    read = _folder_reader(folder) if folder else _hub_reader(settings)
     known = models.known(settings.model_id)
+    repo = (known.repo if known else None) or settings.model_id
+    found = _local(settings.model_id) or weights.find(
+        repo, settings.model_revision, weights.places()
+    )
+    read = _folder_reader(found.folder) if found else _hub_reader(repo, settings)
     spec = known or _identify(read)
     device = _device(settings, machine, spec)
     offload, why = place(settings, machine, spec, device)
     if known:
         read("model_index.json")
     return Plan(
-        str(folder or (known.repo if known else None) or settings.model_id),
-        None if folder else settings.model_revision,
+        str(found.folder) if found else repo,
+        found.revision if found else settings.model_revision,
         spec,
         device,
         offload,
         why,
-        local=folder is not None and settings.model_id != "nano",
+        found_in=found.place if found else "the Hugging Face Hub, to be downloaded",
+        local=found is not None and found.place == LOCAL,
+        download=found is None,
     )
 
 
@@ -64,13 +76,13 @@ def lora_folder(settings: Settings) -> Path | None:
     return settings.lora_dir
 
 
-def _folder(model_id: str) -> Path | None:
+def _local(model_id: str) -> Found | None:
     """The local folder `model_id` names, or None for a Hub id."""
     if model_id == "nano":
-        return NANO_FOLDER / "model"
+        return Found("the built-in model", NANO_FOLDER / "model", None)
     path = Path(model_id).expanduser()
     if path.is_dir():
-        return path
+        return Found(LOCAL, path, None)
     if models.known(model_id):
         return None
     if model_id.startswith((".", "/", "~")) or model_id.count("/") != 1:
@@ -96,12 +108,10 @@ def _folder_reader(folder: Path) -> ReadConfig:
     return read
 
 
-def _hub_reader(settings: Settings) -> ReadConfig:
+def _hub_reader(repo: str, settings: Settings) -> ReadConfig:
     """Reads small files of a Hub repository through its cache; its errors are the way out."""
     from huggingface_hub import errors, hf_hub_download
 
-    row = models.known(settings.model_id)
-    repo = (row.repo if row else None) or settings.model_id
     token = settings.hf_token.value if settings.hf_token else None
 
     def read(name: str) -> dict[str, object]:

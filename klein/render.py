@@ -10,6 +10,7 @@ from klein.core import GenerationResult
 from klein.delivery import Bucket
 from klein.errors import InvalidRequest, OutputTooLarge
 from klein.formats import FORMATS
+from klein.lora.reference import shown
 
 SMALLER = ("webp", 90)
 """What pictures become when an answer would be too large for the platform."""
@@ -123,6 +124,9 @@ def _answer(
         "images": entries,
         "parameters": {
             **asdict(result.params),
+            "loras": [
+                {"path": shown(lora.path), "scale": lora.scale} for lora in result.params.loras
+            ],
             "mu": result.mu,
             "sigmas": list(result.sigmas),
         },
@@ -138,6 +142,7 @@ def _answer(
             "device": model.device,
             "dtype": model.dtype,
             "placement": model.placement,
+            "attention": model.attention,
             "versions": model.versions,
         },
     }

@@ -91,14 +91,23 @@ class LoraRequest(_Strict):
 
     path: str = Field(
         min_length=1,
-        max_length=500,
-        description="`name.safetensors` in the LoRA folder, or `owner/repo[@revision]` on the Hub",
+        max_length=2000,
+        description="`name.safetensors` in the LoRA folder, `owner/repo[@revision]` on the Hub, "
+        "an https address, or `civitai:VERSION`",
     )
-    scale: float = Field(1.0, ge=SCALE_RANGE[0], le=SCALE_RANGE[1], description="1 is as trained")
+    scale: float | None = Field(
+        None,
+        ge=SCALE_RANGE[0],
+        le=SCALE_RANGE[1],
+        description="1 is as trained; the file's own default if left out",
+    )
     weight_name: str | None = Field(
         None, max_length=500, description="which file of a Hub repository that has several"
     )
     revision: str | None = Field(None, max_length=200, description="Hub commit, tag or branch")
+    trigger: Literal["off", "auto"] = Field(
+        "off", description="`auto` puts its trigger word in front of a prompt that lacks it"
+    )
 
 
 class GenerateRequest(_Strict):
@@ -151,7 +160,7 @@ class GenerateRequest(_Strict):
         "base64", description="how JSON answers carry pictures"
     )
     lora_path: Annotated[str | None, BeforeValidator(_none_if_blank)] = Field(
-        None, max_length=500, description="klein's predecessor's way to name one LoRA"
+        None, max_length=2000, description="klein's predecessor's way to name one LoRA"
     )
     lora_scale: float | None = Field(
         None, ge=SCALE_RANGE[0], le=SCALE_RANGE[1], description="the scale of `lora_path`"

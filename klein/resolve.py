@@ -1,16 +1,18 @@
 """From a request to parameters. Pure: the model's row and the random source are passed in."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from klein import sizes
 from klein.core import GenerationParams
-from klein.errors import InvalidRequest
+from klein.errors import InvalidRequest, LoraError
+from klein.lora.file import LoraFile
 from klein.lora.reference import LoraSpec
 from klein.models import ModelSpec
 from klein.presets import DEFAULT_PRESET, PRESETS, Preset
-from klein.request import GenerateRequest
+from klein.request import MAX_LORAS, SCALE_RANGE, GenerateRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +23,27 @@ class Resolved:
     warnings: tuple[str, ...]
 
 
-def resolve(request: GenerateRequest, model: ModelSpec, draw_seed: Callable[[], int]) -> Resolved:
+def resolve(
+    request: GenerateRequest,
+    model: ModelSpec,
+    draw_seed: Callable[[], int],
+    *,
+    prompt_loras: bool = False,
+) -> Resolved:
     """Fill what `request` leaves open: its own values first, then a distilled model's, then the
-    preset's. Raises InvalidRequest for a size no picture can have."""
+    preset's. Raises InvalidRequest for a size no picture can have.
+
+    With `prompt_loras`, `<lora:name:0.8>` in the prompt is a LoRA and is taken out of it.
+    """
     preset = PRESETS[request.preset or DEFAULT_PRESET]
     warnings: list[str] = []
+    prompt, named = _prompt_loras(request.prompt) if prompt_loras else (request.prompt, ())
+    loras = (*_loras(request, warnings), *named)
+    if len(loras) > MAX_LORAS:
+        raise InvalidRequest(f"loras: {len(loras)} are too many, {MAX_LORAS} are the most")
     width, height = _size(request, preset, model, warnings)
     params = GenerationParams(
-        prompt=request.prompt,
+        prompt=prompt,
         negative_prompt=request.negative_prompt or "",
         preset=preset.name,
         width=width,
@@ -39,7 +54,7 @@ def resolve(request: GenerateRequest, model: ModelSpec, draw_seed: Callable[[], 
         guidance_scale=_guidance(request, preset, model, warnings),
         seed=_first(request.seed, draw_seed() if request.seed is None else None),
         num_images=request.num_images,
-        loras=_loras(request, warnings),
+        loras=loras,
         lora_error=request.lora_error,
         schedule=_first(request.schedule, preset.schedule),
         max_sequence_length=_sequence(request, preset, model, warnings),
@@ -102,10 +117,54 @@ def _sequence(
 def _loras(request: GenerateRequest, warnings: list[str]) -> tuple[LoraSpec, ...]:
     specs = [LoraSpec(**lora.model_dump()) for lora in request.loras]
     if request.lora_path:
-        scale = 1.0 if request.lora_scale is None else request.lora_scale
-        specs.append(LoraSpec(request.lora_path, scale))
+        specs.append(LoraSpec(request.lora_path, request.lora_scale))
     elif request.lora_scale not in (None, 1.0):
         warnings.append(
             "lora_scale has no effect without lora_path: in `loras` each entry has its own scale"
         )
     return tuple(specs)
+
+
+_IN_PROMPT = re.compile(r"<lora:([^:<>]+)(?::([^:<>]*))?>")
+
+
+def _prompt_loras(prompt: str) -> tuple[str, tuple[LoraSpec, ...]]:
+    """The prompt without `<lora:name:scale>`, and the LoRAs it named."""
+    named = []
+    for name, scale in _IN_PROMPT.findall(prompt):
+        low, high = SCALE_RANGE
+        try:
+            value = float(scale) if scale else None
+        except ValueError:
+            value = high + 1
+        if value is not None and not low <= value <= high:
+            raise InvalidRequest(
+                f"prompt: <lora:{name}:{scale}> needs a number from {low:g} to {high:g}",
+                field="prompt",
+            )
+        path = name if "/" in name or name.endswith(".safetensors") else f"{name}.safetensors"
+        named.append(LoraSpec(path, value))
+    rest = re.sub(r"\s{2,}", " ", _IN_PROMPT.sub("", prompt)).strip(" ,")
+    if not rest:
+        raise InvalidRequest("prompt: there is nothing but LoRAs in it", field="prompt")
+    return rest if named else prompt, tuple(named)
+
+
+def settle_loras(params: GenerationParams, found: Sequence[LoraFile | LoraError]) -> Resolved:
+    """What only the files know: a scale left open is the file's own, and a LoRA with trigger
+    "auto" puts its trigger word in front of a prompt that lacks it."""
+    specs, warnings, prompt = [], [], params.prompt
+    for spec, file in zip(params.loras, found, strict=True):
+        own = file.card.scale if isinstance(file, LoraFile) else None
+        scale = _first(spec.scale, own, 1.0)
+        if spec.scale is None and own is not None:
+            warnings.append(f"{spec.path} acts at {own:g}, the scale kept beside it")
+        specs.append(replace(spec, scale=scale))
+        if spec.trigger != "auto" or not isinstance(file, LoraFile):
+            continue
+        if file.trigger is None:
+            warnings.append(f"{spec.path} has no trigger word that could be put into the prompt")
+        elif file.trigger.lower() not in prompt.lower():
+            prompt = f"{file.trigger}, {prompt}"
+            warnings.append(f"the trigger word {file.trigger!r} was put in front of the prompt")
+    return Resolved(replace(params, loras=tuple(specs), prompt=prompt), tuple(warnings))

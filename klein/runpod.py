@@ -61,7 +61,12 @@ class Worker:
         request = parse(data)
         render.require_bucket(request.return_type, self._bucket)
         spec = self._engine.pipeline.info.spec
-        resolved = resolve(request, spec, lambda: secrets.randbelow(2**32))
+        resolved = resolve(
+            request,
+            spec,
+            lambda: secrets.randbelow(2**32),
+            prompt_loras=self._settings.prompt_loras,
+        )
         async with _ProgressFeed(lambda update: self._send(runpod_job, update)) as feed:
             job = Job(
                 resolved.params,
@@ -114,6 +119,7 @@ class _ProgressFeed:
 
     async def _post(self, progress: Progress) -> None:
         update = {
+            "stage": progress.stage,
             "step": progress.step,
             "steps": progress.steps,
             "picture": progress.image,

@@ -71,6 +71,12 @@ class Settings:
     hf_token: Secret | None = _setting(
         "HF_TOKEN", None, Secret, "Hugging Face token for gated models and private LoRAs"
     )
+    mode: str = _setting(
+        "KLEIN_MODE",
+        "serve",
+        _choice("serve", "runpod"),
+        "what the image starts when it is given no command: `serve` or `runpod`",
+    )
     device: str = _setting(
         "KLEIN_DEVICE", "auto", _choice("auto", "cuda", "cpu"), "`auto`, `cuda` or `cpu`"
     )
@@ -91,6 +97,30 @@ class Settings:
     )
     lora_dir: Path | None = _setting(
         "KLEIN_LORA_DIR", None, _folder, "the only folder local LoRAs are read from"
+    )
+    lora_cache: Path = _setting(
+        "KLEIN_LORA_CACHE",
+        Path("~/.cache/klein/loras"),
+        Path,
+        "folder of fetched LoRAs; may be a volume that workers share, or read-only",
+    )
+    lora_cache_gb: float = _setting(
+        "KLEIN_LORA_CACHE_GB", 20.0, _number(float, 0, 10000), "its size limit in GB"
+    )
+    civitai_token: Secret | None = _setting(
+        "CIVITAI_TOKEN", None, Secret, "Civitai API key for LoRAs that need one"
+    )
+    fetch_hosts: frozenset[str] = _setting(
+        "KLEIN_FETCH_HOSTS",
+        frozenset(),
+        lambda text: frozenset(host.strip() for host in text.split(",")),
+        "hosts of your own network LoRAs may come from, such as `store.lan,10.0.0.5:9000`",
+    )
+    lora_uploads: bool = _setting(
+        "KLEIN_LORA_UPLOADS", False, _switch, "`on` lets callers add and delete LoRAs over HTTP"
+    )
+    prompt_loras: bool = _setting(
+        "KLEIN_PROMPT_LORAS", False, _switch, "`on` understands `<lora:name:0.8>` in prompts"
     )
     queue_size: int = _setting(
         "KLEIN_QUEUE_SIZE", 8, _number(int, 1, 1000), "jobs that may wait; more are refused at once"

@@ -1,25 +1,40 @@
-"""What every door does first: plan, then hand the engine a way to load."""
+"""What every door does first: find the LoRAs, plan, then hand the engine a way to load."""
 
 from collections.abc import Callable, Mapping
 
 from klein import preflight
 from klein.core import ImagePipeline
-from klein.lora.library import LoraLibrary
+from klein.fetch import Fetcher
+from klein.lora.library import LoraLibrary, Tokens
+from klein.lora.store import LoraStore
 from klein.machine import Machine
+from klein.models import GB
 from klein.settings import Settings
 
 
-def loader(settings: Settings, environ: Mapping[str, str]) -> Callable[[], ImagePipeline]:
+def library(settings: Settings) -> LoraLibrary:
+    """The LoRAs of these settings."""
+    store = LoraStore(
+        settings.lora_cache.expanduser(), settings.lora_cache_gb * GB, grace=settings.timeout
+    )
+    tokens = Tokens(settings.hf_token, settings.civitai_token)
+    folder = preflight.lora_folder(settings)
+    return LoraLibrary(folder, store, Fetcher(settings.fetch_hosts), tokens)
+
+
+def loader(
+    settings: Settings, environ: Mapping[str, str], loras: LoraLibrary | None = None
+) -> Callable[[], ImagePipeline]:
     """Check that the model can be had and fits, and return what loads it.
 
     Raises ModelUnavailable. torch is imported when the returned function is called.
     """
     plan = preflight.plan(settings, Machine.probe(environ))
-    library = LoraLibrary(preflight.lora_folder(settings), settings.hf_token)
+    loras = loras or library(settings)
 
     def load() -> ImagePipeline:
         from klein import pipeline
 
-        return pipeline.load(plan, settings, library)
+        return pipeline.load(plan, settings, loras)
 
     return load

@@ -42,11 +42,19 @@ class FakePipeline:
         self.gate.set()
         self.started = threading.Event()
         self.drawn: list[str] = []
+        self.prepared: list[str] = []
+        self.fetched = threading.Event()
+        self.fetched.set()
         self.fail: Exception | None = None
         self.noise = noise
 
     def facts(self) -> dict[str, Any]:
         return {}
+
+    def prepare(self, job: Job) -> None:
+        self.prepared.append(job.params.prompt)
+        while not self.fetched.wait(0.01):
+            job.check()
 
     def generate(self, job: Job) -> GenerationResult:
         params = job.params
@@ -92,7 +100,7 @@ def result(
 def _report(spec: LoraSpec) -> LoraReport:
     if spec.path.startswith("missing"):
         return LoraReport(spec.path, spec.scale, applied=False, error="not there")
-    return LoraReport(spec.path, spec.scale, True, None, "ab" * 32, "ai-toolkit", 8, 4, 4, 0.1)
+    return LoraReport(spec.path, spec.scale, True, None, "ab" * 32, "ai-toolkit", 8, 4, 4, 1.0, 0.1)
 
 
 def picture(params: GenerationParams, seed: int, noise: bool) -> Image.Image:

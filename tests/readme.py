@@ -120,7 +120,7 @@ def _settings() -> str:
 
 
 def _errors() -> str:
-    from service import http_status
+    from klein.web import http_status
 
     classes = [
         c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, KleinError)

@@ -46,6 +46,7 @@ def serve(answer: Callable[[Seen], Answer]) -> Iterator[Server]:
             for name, value in ({"content-length": str(len(body))} | extra).items():
                 self.send_header(name, value)
             self.end_headers()
+            self.close_connection = extra.get("connection") == "close"
             if self.command != "HEAD":
                 self.wfile.write(body)
 

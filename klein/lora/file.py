@@ -38,11 +38,29 @@ class Patch:
     swapped_halves: bool = False
 
 
+WIDTHS = {
+    192: "klein nano",
+    3072: "FLUX.2-klein 4B",
+    4096: "FLUX.2-klein 9B",
+    6144: "FLUX.2-dev",
+}
+"""Transformer width → the models of that width."""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What an operator keeps beside a file: its own scale, its trigger word."""
+
+    scale: float | None = None
+    trigger: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class LoraFile:
     """One LoRA on disk, known without loading it.
 
     `hidden` is the width of the model it was trained for, None where no layer shows it.
+    `training` is what its metadata claims: base model, steps, software and the like.
     """
 
     path: Path
@@ -52,6 +70,20 @@ class LoraFile:
     hidden: int | None
     patches: tuple[Patch, ...]
     trigger_words: tuple[str, ...]
+    training: Mapping[str, str]
+    card: Card = Card()
+
+    @property
+    def base(self) -> str:
+        """The model it was trained for, by its shapes."""
+        if self.hidden is None:
+            return "unknown"
+        return WIDTHS.get(self.hidden, "another model") + f" (width {self.hidden})"
+
+    @property
+    def trigger(self) -> str | None:
+        """The word that calls it: the card's, else the first in its metadata."""
+        return self.card.trigger or next(iter(self.trigger_words), None)
 
     @property
     def rank(self) -> int:
@@ -80,6 +112,7 @@ def inspect(path: Path, name: str) -> LoraFile:
         hidden=_width(name, patches),
         patches=patches,
         trigger_words=_trigger_words(head.metadata),
+        training=_training(head.metadata),
     )
 
 
@@ -214,6 +247,22 @@ def _trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(str(tag) for tags in folders.values() for tag in tags))[:8]
     except (ValueError, AttributeError, TypeError):
         return ()
+
+
+def _training(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Claims worth showing; ai-toolkit and kohya write JSON into some of the strings."""
+    found = {
+        "base_model": metadata.get("ss_base_model_version", ""),
+        "name": metadata.get("name", "") or metadata.get("ss_output_name", ""),
+        "alpha": metadata.get("ss_network_alpha", ""),
+    }
+    for key, inner in (("training_info", ("step", "epoch")), ("software", ("name", "version"))):
+        try:
+            stored = json.loads(metadata.get(key, "{}"))
+            found |= {f"{key}_{name}": str(stored[name]) for name in inner if name in stored}
+        except (ValueError, TypeError):
+            continue
+    return {key: value[:200] for key, value in found.items() if value}
 
 
 def _sha256(path: Path) -> str:

@@ -1,6 +1,7 @@
 import io
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -9,9 +10,10 @@ from starlette.testclient import TestClient
 import service
 from klein.errors import LoraError, OutOfMemory
 from klein.images import read_text
+from klein.lora.library import LoraLibrary
 from klein.presets import PRESETS
 from klein.request import GenerateRequest
-from tests import fakes
+from tests import fakes, loras
 
 FAKE = fakes.FakePipeline()
 
@@ -19,7 +21,7 @@ FAKE = fakes.FakePipeline()
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
     """The whole ASGI app of the service, as BentoML builds it, on the fake pipeline."""
-    service.Klein.inner.load = staticmethod(lambda: FAKE)
+    service.Klein.inner.load = staticmethod(lambda loras: FAKE)
     with TestClient(service.Klein.to_asgi()) as client:
         while client.get("/readyz").status_code != 200:
             pass
@@ -160,3 +162,51 @@ def test_load_balancers_are_told_the_truth() -> None:
     app.state.engine.state = State.FAILED
     assert probe.get("/ping").status_code == 503
     assert probe.get("/capabilities").json()["model"] is None
+
+
+@pytest.fixture
+def folder(client: TestClient, tmp_path: Path) -> Iterator[Path]:
+    """A LoRA folder that may be changed over HTTP."""
+    state = service.WEB.state
+    before = state.loras, state.uploads
+    state.loras, state.uploads = LoraLibrary(tmp_path), True
+    yield tmp_path
+    state.loras, state.uploads = before
+
+
+def test_loras_over_http(client: TestClient, folder: Path) -> None:
+    """Upload as body or form, list with facts, refuse junk, delete."""
+    tensors, metadata = loras.ai_toolkit({"single_blocks.0.linear1": (72, 8)}, trigger="zib")
+    data = loras.write(folder.parent / "made.safetensors", tensors, metadata).read_bytes()
+    made = client.post("/loras?name=a.safetensors", content=data)
+    assert made.status_code == 200
+    assert made.json()["trigger_words"] == ["zib"]
+    form = {"file": ("b.safetensors", data)}
+    assert client.post("/loras", files=form).json()["name"] == "b.safetensors"
+    rows = client.get("/loras").json()["loras"]
+    assert [(row["name"], row["rank"], row["bytes"]) for row in rows] == [
+        ("a.safetensors", 4, len(data)),
+        ("b.safetensors", 4, len(data)),
+    ]
+    again = client.post("/loras?name=a.safetensors", content=data)
+    assert (again.status_code, again.json()["error"]["field"]) == (400, "name")
+    junk = client.post("/loras?name=c.safetensors", content=b"junk")
+    assert (junk.status_code, junk.json()["error"]["code"]) == (422, "lora_failed")
+    assert client.post("/loras", content=data).json()["error"]["field"] == "name"
+    local = client.post("/loras", json={"path": "a.safetensors", "name": "copy.safetensors"})
+    assert local.json()["name"] == "copy.safetensors"
+    assert "owner/repo" in client.post("/loras", json={"url": "x"}).json()["error"]["message"]
+    assert client.delete("/loras/a.safetensors").json() == {"removed": "a.safetensors"}
+    assert client.delete("/loras/a.safetensors").status_code == 422
+    assert client.delete("/loras/../../etc/passwd").status_code in (404, 422)
+    assert sorted(p.name for p in folder.iterdir()) == ["b.safetensors", "copy.safetensors"]
+
+
+def test_loras_cannot_be_changed_unless_allowed(client: TestClient) -> None:
+    """By default anybody who can draw cannot fill the disk."""
+    for answer in (
+        client.post("/loras?name=a.safetensors", content=b"x"),
+        client.delete("/loras/a.safetensors"),
+    ):
+        assert answer.status_code == 400
+        assert "KLEIN_LORA_UPLOADS=on" in answer.json()["error"]["message"]

@@ -303,7 +303,7 @@ def _wrong(lora_folder: Path) -> dict[str, str]:
     loras.write(lora_folder / "deep.safetensors", deep)
     (lora_folder / "damaged.safetensors").write_bytes(b"no")
     return {
-        "wide.safetensors": "klein-base-9B or klein-9B (width 4096), and the loaded model is",
+        "wide.safetensors": "FLUX.2-klein 9B (width 4096), and the loaded model is custom-2x2x32",
         "deep.safetensors": "its layer 'single_blocks.2.linear1' is missing there",
         "damaged.safetensors": "damaged",
         "nothing.safetensors": "not in the LoRA folder",
@@ -333,7 +333,7 @@ def test_an_interrupted_switch_heals(
     base = _bytes(draw())
     from klein import adapters
 
-    real, calls = adapters.delta, 0
+    real, calls = adapters._product_norm, 0
 
     def breaks(*args: Any) -> torch.Tensor:
         nonlocal calls
@@ -343,7 +343,7 @@ def test_an_interrupted_switch_heals(
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(adapters, "delta", breaks)
+        patch.setattr(adapters, "_product_norm", breaks)
         with pytest.raises(RuntimeError, match="half-way"):
             draw(loras=[{"path": two[0]}])
     assert _bytes(draw()) == base

@@ -186,3 +186,38 @@ def test_stop_cancels_and_refuses(fake: fakes.FakePipeline) -> None:
             future.result(1)
     with pytest.raises(NotReady, match="shutting down"):
         engine.submit(fakes.job())
+
+
+def test_a_job_that_fetches_does_not_hold_the_others(
+    engine: Engine, fake: fakes.FakePipeline
+) -> None:
+    """While a LoRA is on its way, jobs that are ready go first."""
+    fake.fetched.clear()
+    slow = engine.submit(fakes.job(prompt="slow", loras=[{"path": "a/b"}]))
+    engine.submit(fakes.job(prompt="quick")).result(5)
+    assert fake.prepared == ["slow"]
+    fake.fetched.set()
+    slow.result(5)
+    assert fake.drawn == ["quick", "slow"]
+
+
+def test_cancelling_a_job_that_fetches(engine: Engine, fake: fakes.FakePipeline) -> None:
+    """It ends at once, and stopping does not wait for its download."""
+    fake.fetched.clear()
+    job = fakes.job(loras=[{"path": "a/b"}])
+    future = engine.submit(job)
+    engine.cancel(job)
+    with pytest.raises(Cancelled):
+        future.result(1)
+
+
+def test_a_fetch_that_fails_fails_the_job(engine: Engine, fake: fakes.FakePipeline) -> None:
+    """Without ever reaching the GPU."""
+
+    def prepare(job: object) -> None:
+        raise LoraError("gone")
+
+    fake.prepare = prepare  # type: ignore[method-assign, assignment]
+    with pytest.raises(LoraError, match="gone"):
+        engine.submit(fakes.job(loras=[{"path": "a/b"}])).result(5)
+    assert fake.drawn == []

@@ -3,7 +3,7 @@ import inspect
 from klein import errors
 from klein.__main__ import exit_code
 from klein.errors import ErrorCode, KleinError, unknown
-from service import http_status
+from klein.web import http_status
 
 
 def _classes() -> list[type[KleinError]]:

@@ -8,7 +8,7 @@ import pytest
 from klein.errors import LoraError
 from klein.lora import reference
 from klein.lora.library import LoraLibrary
-from klein.lora.reference import HubFile, LocalFile, LoraSpec
+from klein.lora.reference import CivitaiFile, HubFile, LocalFile, LoraSpec, UrlFile
 from tests import loras, servers
 
 
@@ -25,6 +25,11 @@ def _file(path: Path) -> Path:
         (LoraSpec("sub/a.safetensors"), LocalFile("sub/a.safetensors")),
         (LoraSpec("owner/repo"), HubFile("owner/repo", None, None)),
         (LoraSpec("owner/repo@v1"), HubFile("owner/repo", "v1", None)),
+        (LoraSpec("https://x.org/a?b=c"), UrlFile("https://x.org/a?b=c", None)),
+        (LoraSpec(f"https://x.org/a#sha256={'A' * 64}"), UrlFile("https://x.org/a", "a" * 64)),
+        (LoraSpec("civitai:12"), CivitaiFile(12)),
+        (LoraSpec("https://civitai.com/models/1?modelVersionId=34"), CivitaiFile(34)),
+        (LoraSpec("https://civitai.com/api/download/models/34?token=x"), CivitaiFile(34)),
         (
             LoraSpec("owner/repo", revision="v2", weight_name="w.safetensors"),
             HubFile("owner/repo", "v2", "w.safetensors"),
@@ -39,10 +44,11 @@ def test_references(spec: LoraSpec, expected: object) -> None:
 @pytest.mark.parametrize(
     ("path", "says"),
     [
-        ("https://x.org/a.safetensors", "URLs are not taken"),
+        ("https://civitai.com/models/12", "several versions"),
+        ("https://x.org/a#sha256=12", "64 hexadecimal"),
         ("a.pt", "only .safetensors"),
-        ("just-a-name", "neither"),
-        ("a/b/c", "neither"),
+        ("just-a-name", "is no .safetensors file"),
+        ("a/b/c", "civitai:VERSION"),
     ],
 )
 def test_what_is_no_reference_is_said(path: str, says: str) -> None:
@@ -95,13 +101,13 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 from klein.errors import LoraError
-from klein.lora.library import LoraLibrary
+from klein.lora.library import LoraLibrary, Tokens
 from klein.lora.reference import LoraSpec
 from klein.settings import Secret
-token = Secret(sys.argv[4]) if sys.argv[4] else None
+tokens = Tokens(Secret(sys.argv[4]) if sys.argv[4] else None)
 try:
     spec = LoraSpec(sys.argv[1], weight_name=sys.argv[2] or None, revision=sys.argv[3] or None)
-    print("found", LoraLibrary(None, token).find(spec).rank)
+    print("found", LoraLibrary(None, tokens=tokens).find(spec).rank)
 except LoraError as error:
     print("refused", error)
 """

@@ -1,14 +1,16 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klein.errors import InvalidRequest
+from klein.errors import InvalidRequest, LoraError
+from klein.lora.file import Card, LoraFile
 from klein.models import MODELS
 from klein.presets import PRESETS
 from klein.request import GenerateRequest, parse
-from klein.resolve import Resolved, resolve
+from klein.resolve import Resolved, resolve, settle_loras
 
 NINE, NANO, DISTILLED = MODELS["klein-base-9B"], MODELS["nano"], MODELS["klein-9B"]
 
@@ -112,3 +114,51 @@ def test_any_size_is_made_possible_or_refused(width: int, height: int) -> None:
     assert params.height % 16 == 0
     assert min(params.width, params.height) >= 64
     assert params.width * params.height <= 2048 * 2048
+
+
+def test_loras_in_the_prompt() -> None:
+    """Understood when allowed, and then taken out of it; left alone otherwise."""
+    request = parse({"prompt": "anna <lora:anna:0.8> in a café, <lora:me/bob@v1>", "seed": 1})
+    params = resolve(request, NINE, lambda: 1, prompt_loras=True).params
+    assert params.prompt == "anna in a café"
+    assert [(x.path, x.scale) for x in params.loras] == [
+        ("anna.safetensors", 0.8),
+        ("me/bob@v1", None),
+    ]
+    assert resolve(request, NINE, lambda: 1).params.prompt == request.prompt
+    assert (
+        resolve(parse({"prompt": "a  b"}), NINE, lambda: 1, prompt_loras=True).params.prompt
+        == "a  b"
+    )
+
+
+@pytest.mark.parametrize("prompt", ["x <lora:a:9>", "x <lora:a:big>", "<lora:a:1>"])
+def test_bad_loras_in_the_prompt(prompt: str) -> None:
+    """Refused by field."""
+    with pytest.raises(InvalidRequest) as caught:
+        resolve(parse({"prompt": prompt}), NINE, lambda: 1, prompt_loras=True)
+    assert caught.value.field == "prompt"
+
+
+def _file(scale: float | None = None, trigger: str | None = None) -> LoraFile:
+    return LoraFile(Path("x"), "x", "0", "ai-toolkit", 1, (), (), {}, Card(scale, trigger))
+
+
+def test_what_only_the_files_know() -> None:
+    """A scale left open is the file's, a missing trigger word is put in front; both are told."""
+    loras = [
+        {"path": "a.safetensors", "trigger": "auto"},
+        {"path": "b.safetensors", "scale": 0.5, "trigger": "auto"},
+        {"path": "c.safetensors", "trigger": "auto"},
+        {"path": "d.safetensors"},
+    ]
+    params = _resolve(prompt="Bob at the sea", loras=loras).params
+    files = [_file(0.8, "anna"), _file(0.9, "bob"), _file(), LoraError("gone")]
+    settled = settle_loras(params, files)
+    assert [x.scale for x in settled.params.loras] == [0.8, 0.5, 1.0, 1.0]
+    assert settled.params.prompt == "anna, Bob at the sea"
+    told = " · ".join(settled.warnings)
+    assert "a.safetensors acts at 0.8" in told
+    assert "'anna' was put in front" in told
+    assert "c.safetensors has no trigger word" in told
+    assert "bob" not in told
