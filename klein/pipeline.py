@@ -391,16 +391,21 @@ def _choose_attention(transformer: Any, device: str) -> str:
     if device != "cuda":
         return own
     try:
-        import flash_attn
-
-        probe = torch.randn(1, 16, 1, 128, device="cuda", dtype=torch.bfloat16)
-        flash_attn.flash_attn_func(probe, probe, probe)
-        transformer.set_attention_backend("flash")
+        return _flash_attention(transformer, device)
     except ModuleNotFoundError:
         return f"{own} (flash-attn is not installed)"
     except Exception as error:  # built for another torch, or not for this GPU
         log.warning("flash-attn cannot be used here: %s", str(error)[:300])
         return f"{own} (flash-attn is installed but failed: {type(error).__name__})"
+
+
+def _flash_attention(transformer: Any, device: str) -> str:
+    """Switch `transformer` to flash-attn after trying it; raises whatever that raises."""
+    import flash_attn
+
+    probe = torch.randn(1, 16, 1, 128, device=device, dtype=torch.bfloat16)
+    flash_attn.flash_attn_func(probe, probe, probe)
+    transformer.set_attention_backend("flash")
     return f"flash-attn {flash_attn.__version__}"
 
 

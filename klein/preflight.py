@@ -136,7 +136,8 @@ def _hub_reader(repo: str, settings: Settings) -> ReadConfig:
             ) from error
         except Exception as error:  # the Hub's client has changed its HTTP library before
             raise ModelUnavailable(
-                f"{repo} is not in the cache and could not be fetched from the Hub "
+                weights.unwritable(error)
+                or f"{repo} is not in the cache and could not be fetched from the Hub "
                 f"({type(error).__name__}): check the network, or use MODEL_ID=nano",
                 field="MODEL_ID",
             ) from error

@@ -3,6 +3,7 @@
 A place counts only when all files of the model are in it: half a download is not a model.
 """
 
+import errno
 import json
 import logging
 import os
@@ -86,7 +87,7 @@ def is_whole(folder: Path) -> bool:
 def _part_is_whole(part: Path) -> bool:
     if part.name not in WEIGHTED:
         return any(path.is_file() for path in part.iterdir())
-    shards = [path.name for path in part.glob("*.safetensors")]
+    shards = [x.name for x in part.glob("*.safetensors") if "-of-" not in x.name]
     for listing in part.glob("*.safetensors.index.json"):
         shards = list(json.loads(listing.read_text())["weight_map"].values())
     has_all = all((part / shard).is_file() for shard in shards)
@@ -152,17 +153,29 @@ def download(repo: str, revision: str | None, token: str | None) -> Found:
             )
     except ModelUnavailable:
         raise
-    except PermissionError as error:
-        raise ModelUnavailable(
-            f"{cache} cannot be written: mount a volume there that user {os.getuid()} can write, "
-            "or set HF_HOME to a folder it can"
-        ) from error
     except Exception as error:  # the Hub's client has changed its HTTP library before
         raise ModelUnavailable(
-            f"{repo} could not be downloaded ({type(error).__name__}): check the network and "
+            unwritable(error)
+            or f"{repo} could not be downloaded ({type(error).__name__}): check the network and "
             "start klein again; it goes on where it stopped"
         ) from error
     return Found("a download from the Hugging Face Hub", Path(folder), Path(folder).name)
+
+
+def unwritable(error: Exception) -> str | None:
+    """What to do about `error` if it says that the Hugging Face cache cannot be written."""
+    if not isinstance(error, OSError) or error.errno not in (
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+    ):
+        return None
+    from huggingface_hub import constants
+
+    return (
+        f"{constants.HF_HUB_CACHE} cannot be written: mount a volume there that user {os.getuid()} "
+        "can write, or set HF_HOME to a folder it can"
+    )
 
 
 def _require_room(cache: Path, needed: int, repo: str) -> None:

@@ -8,6 +8,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
@@ -19,6 +20,12 @@ class _Blocker(MetaPathFinder):
         if name.split(".")[0] in HEAVY:
             raise ImportError(f"{name} is not importable in these tests")
         return None
+
+
+_ALLOWED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+settings.register_profile("quick", max_examples=200, deadline=None, suppress_health_check=_ALLOWED)
+settings.register_profile("long", settings.get_profile("quick"), max_examples=30_000)
+settings.load_profile("quick")
 
 
 def pytest_configure(config: pytest.Config) -> None:

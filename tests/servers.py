@@ -95,6 +95,14 @@ def hub(
         if path.startswith("api/models/"):
             if "/revision/" in path and not path.endswith(("/main", commit)):
                 return 404, {"x-error-code": "RevisionNotFound"}, b""
+            if "/tree/" in path:
+                body = json.dumps(
+                    [
+                        {"type": "file", "path": name, "size": len(data), "oid": f"{hash(data):x}"}
+                        for name, data in files.items()
+                    ]
+                ).encode()
+                return 200, {"content-type": "application/json"}, body
             siblings = [{"rfilename": name} for name in files]
             body = json.dumps({"id": repo, "sha": commit, "siblings": siblings}).encode()
             return 200, {"content-type": "application/json"}, body

@@ -1,0 +1,72 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline
+
+from klein import __main__ as cli
+from tests import loras, tiny
+from tests.model.conftest import Draw
+from tests.model.test_adapters import FORMATS, SHAPES
+
+
+@pytest.mark.parametrize("name", ["ai-toolkit with alpha", "kohya", "LoHa", "LoKr decomposed"])
+def test_a_converted_file_is_the_same_lora_elsewhere(
+    name: str, tiny_folder: Path, tmp_path: Path, lora_folder: Path, draw: Draw
+) -> None:
+    """diffusers' own loader, which knows fewer formats, draws what klein draws."""
+    tensors, _, _ = FORMATS[name]()
+    source = loras.write(lora_folder / "source.safetensors", tensors)
+    clean = tmp_path / "clean.safetensors"
+    assert cli.main(["lora", "convert", str(source), str(clean)]) == 0
+    stock = Flux2KleinPipeline.from_pretrained(tiny_folder, dtype=torch.float32)
+    stock.set_progress_bar_config(disable=True)
+    stock.load_lora_weights(str(tmp_path), weight_name=clean.name, adapter_name="a")
+    theirs = stock(
+        prompt="a portrait",
+        width=64,
+        height=64,
+        num_inference_steps=2,
+        guidance_scale=2.5,
+        max_sequence_length=64,
+        generator=torch.Generator("cpu").manual_seed(1),
+    ).images[0]
+    ours = draw(loras=[{"path": source.name}], lora_error="fail").images[0].image
+    off = np.abs(np.asarray(ours, int) - np.asarray(theirs, int))
+    assert off.max() <= 2
+
+
+def test_what_cannot_be_converted_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A DoRA depends on the weights it is put on."""
+    tensors, _ = loras.ai_toolkit({"single_blocks.0.linear2": SHAPES["single_blocks.0.linear2"]})
+    rows = tiny.HIDDEN
+    tensors["diffusion_model.single_blocks.0.linear2.magnitude"] = loras.random((rows,), 1)
+    source = loras.write(tmp_path / "dora.safetensors", tensors)
+    assert cli.main(["lora", "convert", str(source), str(tmp_path / "x.safetensors")]) == 2
+    assert "is a DoRA" in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_lora_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """add, list, inspect and remove, as a person types them."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.setenv("KLEIN_LORA_DIR", str(folder))
+    monkeypatch.setenv("KLEIN_LORA_CACHE", str(tmp_path / "cache"))
+    tensors, metadata = loras.ai_toolkit(SHAPES, trigger="zib")
+    source = loras.write(tmp_path / "made.safetensors", tensors, metadata)
+    assert cli.main(["lora", "add", str(source), "--name", "anna.safetensors"]) == 0
+    assert cli.main(["lora", "list"]) == 0
+    shown = capsys.readouterr().out
+    assert "anna.safetensors: ai-toolkit, rank 4, for another model (width 32)" in shown
+    assert "trigger zib" in shown
+    assert cli.main(["lora", "inspect", str(source)]) == 0
+    assert '"trigger_words": [\n    "zib"' in capsys.readouterr().out
+    assert cli.main(["lora", "remove", "anna.safetensors"]) == 0
+    assert cli.main(["lora", "remove", "anna.safetensors"]) == 2
+    assert not list(folder.iterdir())
