@@ -6,12 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 export BENTOML_DO_NOT_TRACK := 1
 
-.PHONY: help serve test check lint clean
+.PHONY: help serve test check lint bundle clean
 
 help:
 	@echo "make serve   set up, then serve MODEL_ID (nano unless set) on PORT ($(PORT))"
 	@echo "make test    set up, then run the tests"
 	@echo "make check   ruff, mypy, the import layers and the tests: what CI runs"
+	@echo "make bundle  build the image with Docker and run both of its lives (minutes)"
 	@echo "make clean   remove the environment"
 
 serve: $(VENV)/.serve
@@ -29,6 +30,10 @@ lint: $(VENV)/.test
 
 check: lint test
 
+# BUNDLE="--image klein:local" tries an image that is there already; see tests/bundle/image.py
+bundle: $(VENV)/.test
+	$(BIN)/python -m tests.bundle.image $(BUNDLE)
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -39,6 +44,9 @@ $(VENV)/.serve: requirements.txt | $(VENV)/bin/python
 $(VENV)/.test: requirements-dev.txt $(VENV)/.serve
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
+
+pictures: $(VENV)/.serve
+	MODEL_ID=nano $(BIN)/python -m docs.pictures
 
 clean:
 	rm -rf $(VENV)

@@ -211,13 +211,15 @@ def _run(engine: "Engine", request: "GenerateRequest", settings: "Settings") -> 
         prompt_loras=settings.prompt_loras,
     )
     params = resolved.params
-    bar = tqdm(total=params.num_inference_steps * params.num_images, unit="step", leave=False)
+    steps = params.num_inference_steps * params.num_images
+    print(f"drawing {params.width}×{params.height} in {steps} steps", file=sys.stderr)
+    bar = tqdm(total=steps, unit="step", leave=False, disable=None)
 
     def on_progress(progress: Progress) -> None:
         if progress.stage == "fetch":
             bar.set_description(f"fetching a LoRA, {progress.step / 1e6:.0f} MB")
         else:
-            bar.set_description("")
+            bar.set_description(refresh=False)
             bar.update()
 
     job = Job(

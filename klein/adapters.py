@@ -91,6 +91,10 @@ class LoraMerger:
                     f"{patch.layer!r} has {patch.shape[0]} rows, the model's has {rows}"
                 )
 
+    def has(self, wanted: Sequence[Wanted]) -> bool:
+        """Whether exactly `wanted` is active already."""
+        return self._active == _key(wanted)
+
     @torch.no_grad()
     def apply(self, wanted: Sequence[Wanted]) -> list[LoraReport]:
         """Make exactly `wanted` active; each must have passed `check`. Returns their reports.
@@ -98,11 +102,10 @@ class LoraMerger:
         Whatever interrupts it, the next call starts from the pristine weights.
         """
         started = time.perf_counter()
-        key = tuple((one.file.sha256, one.scale) for one in wanted)
-        if key != self._active:
+        if not self.has(wanted):
             self._active = None
             self._reports = self._merge(wanted)
-            self._active = key
+            self._active = _key(wanted)
         seconds = round(time.perf_counter() - started, 4)
         named = zip(self._reports, wanted, strict=True)
         return [replace(report, path=one.path, seconds=seconds) for report, one in named]
@@ -179,6 +182,10 @@ class LoraMerger:
 
     def _held(self) -> int:
         return sum(t.nbytes for tensors in self._factors.values() for t in tensors.values())
+
+
+def _key(wanted: Sequence[Wanted]) -> tuple[tuple[str, float], ...]:
+    return tuple((one.file.sha256, one.scale) for one in wanted)
 
 
 def delta(patch: Patch, stored: Mapping[str, Tensor], original: Tensor, rows: slice) -> Tensor:

@@ -166,14 +166,14 @@ class KleinPipeline:
                     raise
                 warnings.append(f"DRAWN WITHOUT A LORA: {error}")
                 reports.append(LoraReport(path, scale, applied=False, error=str(error)))
-        with self._weights_at_hand():
+        with self._weights_at_hand(self._merger.has(wanted)):
             applied = iter(self._merger.apply(wanted))
         return [report or next(applied) for report in reports]
 
     @contextmanager
-    def _weights_at_hand(self) -> Iterator[None]:
+    def _weights_at_hand(self, unchanged: bool) -> Iterator[None]:
         """Sequential offload keeps weights out of reach; take it off while they change."""
-        if self._plan.offload != "sequential":
+        if unchanged or self._plan.offload != "sequential":
             yield
             return
         self._pipe.remove_all_hooks()

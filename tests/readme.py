@@ -12,7 +12,7 @@ from klein.errors import KleinError
 from klein.formats import FORMATS
 from klein.models import GB, MODELS
 from klein.presets import DEFAULT_PRESET, PRESETS
-from klein.request import GenerateRequest
+from klein.request import GenerateRequest, LoraRequest
 from klein.schedule import SCHEDULES
 from klein.settings import Settings
 
@@ -32,7 +32,7 @@ def _models() -> str:
             (
                 f"`{row.name}`",
                 row.repo or "built in",
-                f"{row.resident_bytes / GB:.1f} GB" if row.needs_gpu else "13 MB",
+                f"{row.resident_bytes / GB:.1f} GB" if row.needs_gpu else "14 MB",
                 f"{row.num_inference_steps} · {row.guidance_scale:g}, distilled"
                 if row.distilled
                 else "the preset's",
@@ -83,7 +83,7 @@ def _fields() -> str:
         default = "required" if field.is_required() else field.default
         shown = "" if default is None else f"`{default}`" if default != "required" else "required"
         kind = (
-            "list of `{path, scale, weight_name, revision}`"
+            f"list of `{{{', '.join(LoraRequest.model_fields)}}}`"
             if name == "loras"
             else _kind(properties[name])
         )

@@ -301,7 +301,7 @@ def test_ctrl_c_ends_the_command_line(home: Path, tmp_path: Path) -> None:
     argv += ["--num-inference-steps", "100", "--width", "1024", "--height", "1024"]
     log = tmp_path / "log"
     with live.process(argv, live.environment(home), log) as running:
-        _until(lambda: "step" in log.read_text() or running.poll() is not None)
+        _until(lambda: "drawing" in log.read_text() or running.poll() is not None)
         running.send_signal(2)
         assert running.wait(30) == 130
     assert not (tmp_path / "a.png").exists()
