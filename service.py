@@ -11,6 +11,7 @@ import secrets
 import signal
 import sys
 import time
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 import bentoml
@@ -30,7 +31,7 @@ from klein.settings import Settings
 log = logging.getLogger("bentoml.klein")
 
 WEB = web.create_app()
-HEADER_LIMIT = 2000
+HEADER_LIMIT = 4000
 """Characters; proxies refuse responses with long headers."""
 
 
@@ -186,16 +187,15 @@ def _require_one_picture(request: GenerateRequest) -> None:
 
 
 def _headers(result: GenerationResult) -> dict[str, str]:
-    proof = ("path", "applied", "layers_matched", "layers_in_file", "scale", "relative_change")
-    loras = [{name: getattr(report, name) for name in proof} for report in result.loras]
     values = {
         "x-klein-request-id": result.id,
         "x-klein-seed": str(result.params.seed),
         "x-klein-timings": json.dumps(result.timings),
         "x-klein-warnings": json.dumps(list(result.warnings)),
-        "x-klein-loras": json.dumps(loras),
+        "x-klein-loras": json.dumps([asdict(report) for report in result.loras]),
     }
-    return {name: value[:HEADER_LIMIT] for name, value in values.items()}
+    too_long = json.dumps("too long for a header: ask /generate_json")
+    return {k: v if len(v) <= HEADER_LIMIT else too_long for k, v in values.items()}
 
 
 def _give_up(error: KleinError) -> None:

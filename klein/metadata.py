@@ -35,6 +35,10 @@ def to_text(result: GenerationResult, image: GeneratedImage) -> str:
         for spec, report in zip(params.loras, result.loras, strict=True)
         if report.applied
     ]
+    own["lora_reports"] = [
+        {name: value for name, value in asdict(report).items() if value not in (None, ())}
+        for report in applied
+    ]
     pairs = {
         "Steps": params.num_inference_steps,
         "Sampler": "Euler",
@@ -60,6 +64,7 @@ def from_text(text: str) -> GenerateRequest:
         raise InvalidRequest("these parameters were not written by klein")
     try:
         own = json.loads(json.loads(hit[1]))
+        own.pop("lora_reports", None)  # for people; the picture is drawn from the rest
         start = own["prompt"] + len(_NEGATIVE)
         own["negative_prompt"] = text[start : start + own["negative_prompt"]]
         own["prompt"] = text[: own["prompt"]]

@@ -174,6 +174,18 @@ def folder(client: TestClient, tmp_path: Path) -> Iterator[Path]:
     state.loras, state.uploads = before
 
 
+def test_headers_prove_the_loras(client: TestClient) -> None:
+    """The whole report of each, or where to find it when it is too long for a header."""
+    body = {"prompt": "x", "loras": [{"path": "a.safetensors"}, {"path": "missing"}]}
+    applied, missing = json.loads(client.post("/generate", json=body).headers["x-klein-loras"])
+    assert (applied["applied"], applied["layers_matched"]) == (True, 4)
+    assert applied["sha256"] == "ab" * 32
+    assert missing["error"] == "not there"
+    body["loras"] = [{"path": f"{'x' * 700}/{n}"} for n in range(8)]
+    told = json.loads(client.post("/generate", json=body).headers["x-klein-loras"])
+    assert "generate_json" in told
+
+
 def test_loras_over_http(client: TestClient, folder: Path) -> None:
     """Upload as body or form, list with facts, refuse junk, delete."""
     tensors, metadata = loras.ai_toolkit({"single_blocks.0.linear1": (72, 8)}, trigger="zib")

@@ -1,3 +1,4 @@
+import json
 import re
 
 import pytest
@@ -40,6 +41,17 @@ def test_the_request_makes_the_same_parameters() -> None:
     again = metadata.from_text(metadata.to_text(result, result.images[1]))
     expected = fakes.params(**{**values, "num_images": 1, "seed": 10})
     assert fakes.params(**again.model_dump(exclude_none=True)) == expected
+
+
+def test_the_proof_of_each_lora_is_in_the_picture() -> None:
+    """Hash, format, rank, layers and the size of the change, for whoever finds the file later."""
+    result = fakes.result(fakes.params(loras=[{"path": "a.safetensors"}, {"path": "missing"}]))
+    text = metadata.to_text(result, result.images[0])
+    own = json.loads(json.loads(text.rsplit(", klein: ", 1)[1]))
+    (report,) = own["lora_reports"]
+    assert report["sha256"] == "ab" * 32
+    assert (report["layers_matched"], report["layers_in_file"]) == (4, 4)
+    assert report["relative_change"] == 0.1
 
 
 def test_a_lora_that_did_not_act_is_not_asked_for_again() -> None:
