@@ -83,6 +83,11 @@ def _size(
             f"size {asked[0]}×{asked[1]} was rounded to {size[0]}×{size[1]}: "
             f"sides are multiples of {sizes.MULTIPLE}"
         )
+    if not model.needs_gpu and size[0] * size[1] > 2 * model.native_size**2:
+        warnings.append(
+            f"{size[0]}×{size[1]} is far above {model.native_size}×{model.native_size}, "
+            f"which {model.name} was trained on: shapes can break"
+        )
     return size
 
 

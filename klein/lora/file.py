@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -167,9 +168,11 @@ def _patch(
 
 def _measure(kind: str, own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:
     """Rank and (out, in) shape of the weight change that tensors of these shapes make."""
+    if math.prod(own.get("alpha", ())) != 1:
+        raise ValueError("alpha")
     if kind in ("lora", "dora"):
         (rank, columns), (rows, same) = own["down"], own["up"]
-        if rank != same:
+        if rank != same or math.prod(own.get("magnitude", (rows,))) != rows:
             raise ValueError(kind)
         return rank, (rows, columns)
     if kind == "diff":

@@ -90,6 +90,22 @@ def test_diffusers_names_name_themselves() -> None:
             "different models",
         ),
         ({"diffusion_model.single_blocks.0.linear1.alpha": (1,)}, "has only alpha"),
+        (
+            {
+                "diffusion_model.single_blocks.0.linear1.lora_A.weight": (4, 8),
+                "diffusion_model.single_blocks.0.linear1.lora_B.weight": (72, 4),
+                "diffusion_model.single_blocks.0.linear1.alpha": (2,),
+            },
+            "do not fit",
+        ),
+        (
+            {
+                "diffusion_model.single_blocks.0.linear1.lora_A.weight": (4, 8),
+                "diffusion_model.single_blocks.0.linear1.lora_B.weight": (72, 4),
+                "diffusion_model.single_blocks.0.linear1.dora_scale": (1, 8),
+            },
+            "do not fit",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_refused_by_name(

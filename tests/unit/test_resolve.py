@@ -53,6 +53,13 @@ def test_rounding_is_told() -> None:
     assert "1000×1010 was rounded to 1008×1008" in resolved.warnings[0]
 
 
+def test_sizes_far_above_nanos_are_told() -> None:
+    """It draws them, with broken shapes."""
+    assert "shapes can break" in _resolve(NANO, width=512, height=512).warnings[0]
+    assert not _resolve(NANO, width=256, height=384).warnings
+    assert not _resolve(NINE, width=2048, height=2048).warnings
+
+
 @pytest.mark.parametrize(
     "size", [{"width": 32}, {"width": 2048, "height": 2064}, {"width": 1024, "height": 64}]
 )
