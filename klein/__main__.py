@@ -89,11 +89,21 @@ def _add_request_flags(parser: argparse.ArgumentParser) -> None:
         metavar="PATH[:SCALE]",
         help="a LoRA, as often as wanted: zibbo.safetensors:0.8",
     )
+    properties = GenerateRequest.model_json_schema()["properties"]
     for name, field in fields.items():
         if name != "prompt":
             shown = "JSON" if name == "loras" else name.split("_")[-1].upper()
             flag = "--" + name.replace("_", "-")
-            parser.add_argument(flag, dest=name, metavar=shown, help=field.description)
+            text = f"{field.description}{_choices(properties[name])}"
+            parser.add_argument(flag, dest=name, metavar=shown, help=text)
+
+
+def _choices(schema: dict[str, Any]) -> str:
+    """The names a field takes, for its help."""
+    options = [schema, *schema.get("anyOf", ())]
+    options += [inner for option in options[1:] for inner in option.get("anyOf", ())]
+    names = [name for option in options for name in option.get("enum", ())]
+    return f" ({', '.join(names)})" if names else ""
 
 
 def _add_lora_commands(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+SEEDS = 2**32
+"""Seeds are 0 to 2³² - 1; after the last comes 0."""
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationParams:
     """What will happen: everything decided. Sizes are pixels; image i has seed `seed + i`."""

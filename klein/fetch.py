@@ -161,7 +161,7 @@ def is_public(address: str) -> bool:
 def _follow(
     url: str, response: httpcore.Response, sent: dict[str, str]
 ) -> tuple[str, dict[str, str]]:
-    location = dict(response.headers).get(b"Location") or dict(response.headers).get(b"location")
+    location = next((v for k, v in response.headers if k.lower() == b"location"), None)
     if location is None:
         raise FetchFailed(f"{_host(url)} redirects to nowhere")
     target = urljoin(url, location.decode("latin-1"))

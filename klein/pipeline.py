@@ -22,6 +22,7 @@ from torch import Tensor
 from klein import __version__, schedule, sizes, weights
 from klein.adapters import LoraMerger, Wanted
 from klein.core import (
+    SEEDS,
     GeneratedImage,
     GenerationParams,
     GenerationResult,
@@ -100,6 +101,7 @@ class KleinPipeline:
         if job.loras is None:
             self.prepare(job)
         params, warnings = job.params, list(job.warnings)
+        self._forwards = 0
         try:
             job.check()
             with torch.inference_mode():
@@ -227,9 +229,9 @@ class KleinPipeline:
         self, job: Job, embeds: tuple[Tensor, Tensor | None], number: int, clock: "_Clock"
     ) -> GeneratedImage:
         params = job.params
-        seed = params.seed + number
+        seed = (params.seed + number) % SEEDS
         steps = params.num_inference_steps
-        before = self._forwards = 0 if number == 0 else self._forwards
+        before = self._forwards
         self._set_scheduler(params)
 
         def on_step(_: Any, step: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -87,7 +87,7 @@ class Settings:
         "`auto` (from free GPU memory), `none`, `model` or `sequential`",
     )
     vae_slicing: bool = _setting(
-        "KLEIN_VAE_SLICING", False, _switch, "`on` decodes a batch one picture at a time"
+        "KLEIN_VAE_SLICING", False, _switch, "`on` sets it; pictures are decoded one by one anyway"
     )
     vae_tiling: str = _setting(
         "KLEIN_VAE_TILING",

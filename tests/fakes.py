@@ -9,6 +9,7 @@ from PIL import Image
 
 from klein import schedule, sizes
 from klein.core import (
+    SEEDS,
     GeneratedImage,
     GenerationParams,
     GenerationResult,
@@ -84,7 +85,7 @@ def result(
         id=id,
         params=params,
         images=tuple(
-            GeneratedImage(params.seed + i, picture(params, params.seed + i, noise))
+            GeneratedImage((params.seed + i) % SEEDS, picture(params, params.seed + i, noise))
             for i in range(params.num_images)
         ),
         loras=reports,

@@ -2,7 +2,7 @@
 
     refs/<hash of the reference>.json   which content a reference led to
     files/<sha256>.safetensors          the content; its time is that of its last use
-    partial/<hash of the reference>.*   what an interrupted download left
+    partial/<hash of the reference>.<store>.part   a download under way, or interrupted
 
 Everything appears by renaming, so workers can share the folder on a network volume. A file that
 was used within `grace` seconds, which no job outlives, is never thrown away.
@@ -15,12 +15,16 @@ import os
 import tempfile
 import threading
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 log = logging.getLogger("bentoml.klein")
+
+ABANDONED = 120.0
+"""Seconds without a byte after which a download is nobody's: its reader gave up after 30."""
 
 
 class LoraStore:
@@ -35,6 +39,7 @@ class LoraStore:
             self._places.insert(0, temporary)
         self._max_bytes = max_bytes
         self._grace = grace
+        self._own = uuid.uuid4().hex[:12]
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def get(self, ref: str, fetch: Callable[[Path], None]) -> Path:
@@ -46,7 +51,7 @@ class LoraStore:
             place = self._places[0]
             for name in ("refs", "files", "partial"):
                 (place / name).mkdir(parents=True, exist_ok=True)
-            part = place / "partial" / f"{_hash(ref)}.part"
+            part = self._part(ref, place / "partial")
             fetch(part)
             path = self._keep(ref, part, place)
         self._throw_away()
@@ -74,6 +79,21 @@ class LoraStore:
                         os.utime(path)
                     return path
         return None
+
+    def _part(self, ref: str, folder: Path) -> Path:
+        """A file of this store's own to download into: no other worker writes there.
+
+        What a worker that is gone left of the same download is taken over.
+        """
+        part = folder / f"{_hash(ref)}.{self._own}.part"
+        if not part.exists():
+            for old in folder.glob(f"{_hash(ref)}.*.part"):
+                with suppress(OSError):  # somebody else took it
+                    if time.time() - old.stat().st_mtime > ABANDONED:
+                        old.with_suffix(".tag").replace(part.with_suffix(".tag"))
+                        old.replace(part)
+                        break
+        return part
 
     def _keep(self, ref: str, part: Path, place: Path) -> Path:
         with part.open("rb") as file:

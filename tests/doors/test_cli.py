@@ -7,8 +7,10 @@ from PIL import Image
 from klein import __main__ as cli
 from klein import startup
 from klein.errors import LoraError
+from klein.formats import FORMATS
 from klein.presets import PRESETS
 from klein.request import GenerateRequest
+from klein.schedule import SCHEDULES
 from tests import fakes
 
 
@@ -64,6 +66,8 @@ def test_every_field_has_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
         assert name == "prompt" or f"--{name.replace('_', '-')}" in shown
         assert field.description is not None
         assert field.description.split(";")[0].split("…")[0] in shown
+    for name in (*PRESETS, *SCHEDULES, *FORMATS):
+        assert name in shown
 
 
 @pytest.mark.parametrize(

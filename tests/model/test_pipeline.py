@@ -85,6 +85,13 @@ def test_same_request_same_picture_in_any_order(draw: Draw) -> None:
     assert batch.forwards == 3 * alone.forwards
 
 
+def test_seeds_go_round(draw: Draw) -> None:
+    """After the largest comes 0, and both can be drawn alone."""
+    batch = draw(seed=2**32 - 1, num_images=2)
+    assert [one.seed for one in batch.images] == [2**32 - 1, 0]
+    assert batch.images[1].image.tobytes() == draw(seed=0).images[0].image.tobytes()
+
+
 @pytest.mark.parametrize("name", [*schedule.SCHEDULES, 0.5, 2.0])
 def test_the_run_follows_its_schedule(draw: Draw, name: str | float) -> None:
     """The sigmas of the run are those of the formula; another mu is another picture."""

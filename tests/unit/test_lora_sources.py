@@ -74,6 +74,35 @@ def test_two_jobs_one_download(tmp_path: Path) -> None:
         assert len(server.seen) == 1
 
 
+def test_workers_on_one_volume_never_share_a_partial_file(tmp_path: Path) -> None:
+    """Two that fetch the same at once write apart; what a dead one left is taken over."""
+    one, two = (LoraStore(tmp_path, 1e9, grace=0) for _ in range(2))
+
+    def nested(part: Path) -> None:
+        part.write_bytes(b"first half")
+        other = two.get("ref", lambda mine: mine.write_bytes(b"whole") and None)
+        assert other.read_bytes() == b"whole"
+        assert part.read_bytes() == b"first half"
+        part.write_bytes(b"whole")
+
+    assert one.get("ref", nested).read_bytes() == b"whole"
+
+    def dies(part: Path) -> None:
+        part.write_bytes(b"half")
+        part.with_suffix(".tag").write_text('"v1"')
+        os.utime(part, (1, 1))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        one.get("other", dies)
+
+    def goes_on(part: Path) -> None:
+        assert part.read_bytes() == b"half"
+        assert part.with_suffix(".tag").read_text() == '"v1"'
+
+    two.get("other", goes_on)
+
+
 def test_progress_is_reported_and_can_stop(tmp_path: Path) -> None:
     """A cancelled job stops its download; the next attempt is not harmed."""
     data = _data(tmp_path, rank=2000)

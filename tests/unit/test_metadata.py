@@ -61,6 +61,12 @@ def test_a_lora_that_did_not_act_is_not_asked_for_again() -> None:
     assert [lora.path for lora in again.loras] == ["a.safetensors"]
 
 
+def test_the_last_seed_of_a_batch_can_be_drawn_again() -> None:
+    """After the largest seed comes 0, which is a seed that a request may name."""
+    result = fakes.result(fakes.params(seed=2**32 - 1, num_images=2))
+    assert metadata.from_text(metadata.to_text(result, result.images[1])).seed == 0
+
+
 def test_a1111_can_read_it() -> None:
     """Its own pattern finds steps, guidance, seed, size, model and LoRA hashes."""
     result = fakes.result(fakes.params(seed=5, loras=[{"path": "a.safetensors"}]))
