@@ -10,6 +10,7 @@ import os
 import secrets
 import signal
 import sys
+import threading
 import time
 from dataclasses import asdict
 from typing import Any, NoReturn
@@ -33,6 +34,8 @@ log = logging.getLogger("bentoml.klein")
 WEB = web.create_app()
 HEADER_LIMIT = 4000
 """Characters; proxies refuse responses with long headers."""
+LEAVE_SECONDS = 30.0
+"""How long a sick worker may take to deliver its answers."""
 
 
 def _stop(error: KleinError) -> NoReturn:
@@ -67,6 +70,19 @@ class Klein:
         """The pipeline of the settings; imports torch only now, in the worker."""
         return startup.loader(SETTINGS, os.environ, loras)()
 
+    @staticmethod
+    def leave(error: KleinError) -> None:
+        """End this worker once its answers are out, since only a fresh one gets the memory back.
+
+        BentoML starts it, or, in a container, ends the server, which whoever runs the container
+        starts again. A worker that cannot deliver within LEAVE_SECONDS ends without that.
+        """
+        log.error("klein ends this worker and a fresh one follows: %s", error)
+        backstop = threading.Timer(LEAVE_SECONDS, os._exit, [1])
+        backstop.daemon = True
+        backstop.start()
+        os.kill(os.getpid(), signal.SIGTERM)
+
     @bentoml.on_deployment
     @staticmethod
     def preflight() -> None:
@@ -81,7 +97,10 @@ class Klein:
         self.bucket = Bucket.from_settings(SETTINGS)
         self.loras = startup.library(SETTINGS)
         self.engine = Engine(
-            self._load_and_greet, queue_size=SETTINGS.queue_size, on_load_failed=_give_up
+            self._load_and_greet,
+            queue_size=SETTINGS.queue_size,
+            on_load_failed=_give_up,
+            on_sick=self.leave,
         ).start()
         WEB.state.engine = self.engine
         WEB.state.loras = self.loras

@@ -4,6 +4,8 @@ W = W₀ + Σ scaleᵢ · ΔWᵢ is computed from a pristine copy of W₀ with f
 so a step costs what it costs without LoRAs, nothing drifts, nothing recompiles, and taking LoRAs
 off is a copy: bit for bit the model as loaded. Every format ends in a ΔW, so all are served by the
 same few lines.
+
+A layer that acts through a float8 copy keeps W₀ where it is: W is quantised into the copy instead.
 """
 
 import time
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from klein.core import LoraReport
 from klein.errors import LoraError
+from klein.fused import acts_on, is_quantised, quantise_weight
 from klein.lora.file import LoraFile, Patch
 from klein.models import ModelSpec
 
@@ -117,7 +120,8 @@ class LoraMerger:
         for name in sorted(self._changed | shares.keys()):
             original = self._original(name)
             self._changed.add(name)
-            target = self._linears[name].weight
+            layer = self._linears[name]
+            target = torch.empty_like(original) if is_quantised(layer) else layer.weight
             mine = shares.get(name, [])
             scales = [wanted[share.lora].scale for share in mine]
             parts = [_parts(share.patch, factors[share.lora]) for share in mine]
@@ -133,6 +137,8 @@ class LoraMerger:
                 ]
                 target.copy_(sum(deltas, original.float()) if deltas else original)
                 changes = [change.norm() for change in deltas]
+            if is_quantised(layer):
+                quantise_weight(layer, target)
             for share, part, change in zip(mine, parts, changes, strict=True):
                 tallies[share.lora].changes.append(change / self._norms[name])
                 tallies[share.lora].strengths.append(_strength(share.patch, part))
@@ -155,26 +161,37 @@ class LoraMerger:
 
         The copies stay on the GPU if they fit there beside a picture, else in main memory.
         """
-        weight = self._linears[name].weight
-        if name not in self._pristine:
-            copy = weight.detach().clone()
-            self._norms[name] = torch.linalg.vector_norm(copy, dtype=torch.float32).clamp_min(1e-12)
-            self._pristine[name] = copy if self._room_for_copies(weight) else copy.cpu()
-        return self._pristine[name].to(weight.device)
+        layer = self._linears[name]
+        weight = layer.weight
+        if is_quantised(layer):
+            weight = weight.to(acts_on(layer))
+        if name not in self._norms:
+            norm = torch.linalg.vector_norm(weight, dtype=torch.float32).clamp_min(1e-12)
+            self._norms[name] = norm
+            if not is_quantised(layer):
+                copy = weight.detach().clone()
+                self._pristine[name] = copy if self._room_for_copies(weight) else copy.cpu()
+        return self._pristine[name].to(weight.device) if name in self._pristine else weight
+
+    def release(self) -> None:
+        """Give back the GPU memory that only makes switching quicker."""
+        self._factors.clear()
+        self._pristine = {name: copy.cpu() for name, copy in self._pristine.items()}
 
     def _room_for_copies(self, weight: Tensor) -> bool:
         if not weight.is_cuda:
             return True
         spare = 6 * 1024**3
         held = sum(w.nbytes for w in self._pristine.values() if w.is_cuda)
-        wanted = sum(linear.weight.nbytes for linear in self._linears.values())
+        copied = [layer for layer in self._linears.values() if not is_quantised(layer)]
+        wanted = sum(layer.weight.nbytes for layer in copied)
         return torch.cuda.mem_get_info()[0] > wanted - held + spare
 
     def _read(self, file: LoraFile) -> dict[str, Tensor]:
         """The file's tensors on the device, kept for its next use."""
         if file.sha256 not in self._factors:
-            device = str(next(iter(self._linears.values())).weight.device)
-            self._factors[file.sha256] = load_file(file.path, device=device)
+            device = acts_on(next(iter(self._linears.values())))
+            self._factors[file.sha256] = load_file(file.path, device=str(device))
         self._factors.move_to_end(file.sha256)
         while len(self._factors) > 1 and self._held() > FACTOR_BYTES:
             self._factors.popitem(last=False)

@@ -77,7 +77,7 @@ class GeneratedImage:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The model that drew a picture, and on what."""
+    """The model that drew a picture, and on what; `speed` is the tier in force."""
 
     id: str
     revision: str | None
@@ -87,6 +87,8 @@ class ModelInfo:
     placement: str
     versions: dict[str, str]
     attention: str = "torch's own attention"
+    speed: str = "eager"
+    speed_options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,9 @@
 A job's way: `submit` refuses at once when the queue is full · what needs no GPU, such as fetching a
 LoRA, is done beside the worker, and jobs that are ready go first · the worker takes it · every
 step checks its deadline and its cancel flag · its future gets the result or a KleinError.
+
+A job that runs out of memory did so twice, for the pipeline frees what it can and tries again: the
+worker is sick from then on, answers what it owes and waits to be replaced by its door.
 """
 
 import asyncio
@@ -16,7 +19,7 @@ from enum import StrEnum
 from typing import Any
 
 from klein.core import GenerationResult, ImagePipeline, Job
-from klein.errors import InternalError, KleinError, NotReady, QueueFull
+from klein.errors import InternalError, KleinError, NotReady, OutOfMemory, QueueFull
 
 log = logging.getLogger("bentoml.klein")
 
@@ -26,10 +29,17 @@ class State(StrEnum):
 
     LOADING = "loading"
     READY = "ready"
+    SICK = "sick"
     FAILED = "failed"
     STOPPED = "stopped"
 
 
+REFUSALS = {
+    State.SICK: "this worker ran out of GPU memory twice and is being replaced: "
+    "try again in a minute",
+    State.STOPPED: "klein is shutting down: try another worker",
+}
+"""Why a worker whose model is loaded takes no jobs."""
 PREPARERS = 4
 """Threads that fetch for waiting jobs."""
 
@@ -52,9 +62,12 @@ class Engine:
         *,
         queue_size: int,
         on_load_failed: Callable[[KleinError], None] = lambda _: None,
+        on_sick: Callable[[KleinError], None] = lambda _: None,
     ) -> None:
+        """`on_sick` is called once, in the worker thread, when all futures have their outcome."""
         self._load = load
         self._on_load_failed = on_load_failed
+        self._on_sick = on_sick
         self._queue_size = queue_size
         self._waiting: list[_Entry] = []
         self._preparers = ThreadPoolExecutor(PREPARERS, "klein-prepare")
@@ -112,8 +125,8 @@ class Engine:
         """Queue `job`; raises NotReady or QueueFull at once."""
         _ = self.pipeline
         with self._wake:
-            if self.state is State.STOPPED:
-                raise NotReady("klein is shutting down: try another worker")
+            if why := REFUSALS.get(self.state):
+                raise NotReady(why)
             if len(self._waiting) >= self._queue_size:
                 raise QueueFull(
                     f"{self._queue_size} jobs are waiting already: try again later, "
@@ -215,12 +228,33 @@ class Engine:
         try:
             job.check()
             result = self.pipeline.generate(job)
+        except OutOfMemory as error:
+            waiting = self._fall_sick()
+            self._settle(future.set_exception, error)
+            self._turn_away(waiting, error)
         except KleinError as error:
             self._settle(future.set_exception, error)
         except Exception as error:
             self._settle(future.set_exception, self._unknown(job, error))
         else:
             self._settle(future.set_result, result)
+
+    def _fall_sick(self) -> list[_Entry]:
+        """Take no more jobs, unless klein is stopping anyway; the jobs that wait."""
+        with self._wake:
+            if self.state is State.STOPPED:
+                return []
+            self.state = State.SICK
+            waiting, self._waiting = self._waiting, []
+            return waiting
+
+    def _turn_away(self, waiting: list[_Entry], error: OutOfMemory) -> None:
+        """Refuse who waits, end their fetching, and ask the door for another worker."""
+        for entry in waiting:
+            entry.job.cancel()
+            entry.future.set_exception(NotReady(REFUSALS[State.SICK]))
+        if self.state is State.SICK:
+            self._on_sick(error)
 
     def _unknown(self, job: Job, error: Exception) -> InternalError:
         log.error("job %s failed", job.id, exc_info=error)

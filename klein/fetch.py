@@ -18,6 +18,7 @@ from urllib.parse import urljoin, urlsplit
 import httpcore
 
 MAX_BYTES = 4 * 1024**3
+"""The largest LoRA, wherever it comes from."""
 MAX_JSON_BYTES = 2 * 1024**2
 MAX_SECONDS = 900.0
 MAX_REDIRECTS = 5
@@ -66,8 +67,7 @@ class Fetcher:
             have = have if resumed else 0
             length = answer.get("content-length")
             total = have + int(length) if length and length.isdigit() else None
-            if (total or 0) > MAX_BYTES:
-                raise FetchFailed(f"{_host(url)} offers {total} bytes; {MAX_BYTES} are the most")
+            check_size(_host(url), total or 0)
             tag_file.write_text(answer.get("etag", ""))
             with part.open("ab" if resumed else "wb") as out:
                 for chunk in response.iter_stream():
@@ -144,6 +144,12 @@ class _Guard(httpcore.NetworkBackend):
                         "name it in KLEIN_FETCH_HOSTS if it is yours"
                     )
         return self._real.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
+
+
+def check_size(who: str, size: int) -> None:
+    """Raise FetchFailed when `who` offers a file of more than MAX_BYTES."""
+    if size > MAX_BYTES:
+        raise FetchFailed(f"{who} offers {size} bytes; {MAX_BYTES} are the most")
 
 
 def is_public(address: str) -> bool:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One NVIDIA GPU; memory in bytes."""
+    """One NVIDIA GPU; memory in bytes, compute capability as (9, 0)."""
 
     name: str
     total: int
     free: int
+    capability: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,8 @@ def _gpus(visible: str | None) -> tuple[Gpu, ...]:
         }:
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
             name = pynvml.nvmlDeviceGetName(handle)
-            found.append(Gpu(str(name), int(memory.total), int(memory.free)))
+            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+            found.append(Gpu(str(name), int(memory.total), int(memory.free), (major, minor)))
     return tuple(found)
 
 

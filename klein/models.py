@@ -5,7 +5,7 @@ as klein loads it, cut to the 27 layers that are read.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 GB = 1_000_000_000
@@ -37,6 +37,11 @@ class ModelSpec:
     def resident_bytes(self) -> int:
         """All weights at once."""
         return self.transformer_bytes + self.text_encoder_bytes + self.vae_bytes
+
+    @property
+    def block_parameters(self) -> int:
+        """Weights of the block linears, which are what float8 quantises."""
+        return self.hidden**2 * (26 * self.double_blocks + 13 * self.single_blocks)
 
 
 NON_COMMERCIAL = "FLUX Non-Commercial License"
@@ -118,8 +123,7 @@ def by_geometry(hidden: int, double_blocks: int, single_blocks: int, distilled: 
         ):
             return row
     extra = _DISTILLED if distilled else {}
-    parameters = hidden * hidden * (26 * double_blocks + 13 * single_blocks)
-    return _row(
+    made = _row(
         f"custom-{double_blocks}x{single_blocks}x{hidden}",
         None,
         extra,
@@ -129,7 +133,8 @@ def by_geometry(hidden: int, double_blocks: int, single_blocks: int, distilled: 
         hidden=hidden,
         double_blocks=double_blocks,
         single_blocks=single_blocks,
-        transformer_bytes=parameters * 2,
+        transformer_bytes=0,
         text_encoder_bytes=0,
         needs_gpu=hidden >= 1024,
     )
+    return replace(made, transformer_bytes=2 * made.block_parameters)

@@ -1,13 +1,11 @@
-"""The real pipeline: loads FLUX.2-klein as planned, places it, samples and decodes.
-
-The only module besides adapters that imports torch and diffusers when it is imported.
-"""
+"""The real pipeline: loads FLUX.2-klein as planned, places and accelerates it, samples, decodes."""
 
 import logging
 import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +14,14 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from PIL import Image
 from torch import Tensor
 
-from klein import __version__, schedule, sizes, weights
+from klein import __version__, attention, decoder, loading, schedule, sizes, weights
+from klein.acceleration import THRIFT, TIERS, Acceleration
 from klein.adapters import LoraMerger, Wanted
+from klein.attention import Backend
 from klein.core import (
     SEEDS,
     GeneratedImage,
@@ -36,9 +37,12 @@ from klein.lora.file import LoraFile
 from klein.lora.library import LoraLibrary
 from klein.lora.reference import shown
 from klein.models import GB
-from klein.preflight import Plan
-from klein.resolve import settle_loras
+from klein.preflight import WORKING_BYTES, Plan
+from klein.request import GenerateRequest
+from klein.resolve import resolve, settle_loras
+from klein.sampling import Sampler
 from klein.settings import Settings
+from klein.transformer import FusedForward, quantise
 
 log = logging.getLogger("bentoml.klein")
 
@@ -47,6 +51,8 @@ OUT_LAYERS = (9, 18, 27)
 EMBEDS_KEPT = 16
 DECODE_BYTES_PER_PIXEL = 3 * GB / 1024**2
 """Working memory of an untiled decode: an estimate."""
+TILE = 512
+"""Side in pixels of a tile, where a picture is decoded in tiles."""
 
 
 class KleinPipeline:
@@ -58,6 +64,7 @@ class KleinPipeline:
         plan: Plan,
         settings: Settings,
         library: LoraLibrary,
+        sampler: Sampler,
         attention: str,
     ) -> None:
         self._pipe = pipe
@@ -66,9 +73,9 @@ class KleinPipeline:
         self._library = library
         self._merger = LoraMerger(pipe.transformer, plan.spec)
         self._scheduler = pipe.scheduler
+        self._sampler = sampler
         self._embeds: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
-        self._forwards = 0
-        pipe.transformer.register_forward_pre_hook(self._count)
+        self._frugal = False
         self.info = ModelInfo(
             id=Path(settings.model_id).name if plan.local else settings.model_id,
             revision=plan.revision,
@@ -77,6 +84,8 @@ class KleinPipeline:
             dtype=str(pipe.transformer.dtype).removeprefix("torch."),
             placement=plan.why,
             attention=attention,
+            speed=plan.acceleration.tier.name,
+            speed_options=plan.acceleration.tier.options,
             versions={
                 "klein": __version__,
                 "torch": torch.__version__,
@@ -86,22 +95,59 @@ class KleinPipeline:
         )
 
     def facts(self) -> dict[str, Any]:
-        """GPU memory in bytes, where there is a GPU."""
+        """What the tier falls short of; GPU memory in bytes and kernels compiled, with a GPU."""
+        facts: dict[str, Any] = {"speed_why": self._plan.acceleration.why}
         if self._plan.device != "cuda":
-            return {}
+            return facts
         free, total = torch.cuda.mem_get_info()
-        return {"gpu_memory_free": free, "gpu_memory_total": total}
+        facts |= {"gpu_memory_free": free, "gpu_memory_total": total}
+        if self._plan.acceleration.has("fused"):
+            from klein.kernels import Compilations
+
+            facts["kernels_compiled"] = Compilations.count
+        return facts
 
     def generate(self, job: Job) -> GenerationResult:
         """Make the job's pictures, one after another, so that each is the same alone.
 
-        Raises a KleinError; whatever it raises, the next job finds the pipeline clean.
+        Raises a KleinError; whatever it raises, the next job finds the pipeline clean. When GPU
+        memory runs out it is tried once more with as little of it as possible; OutOfMemory means
+        that this failed too.
         """
+        try:
+            return self._generate(job)
+        except torch.OutOfMemoryError:
+            log.warning("GPU memory ran out in job %s: once more, sparingly", job.id)
+        why = "GPU memory ran out: drawn again in tiles and one branch of guidance at a time"
+        job.warnings = (*job.warnings, why)
+        try:
+            with self._sparing():
+                return self._generate(job)
+        except torch.OutOfMemoryError as error:
+            params = job.params
+            raise OutOfMemory(
+                f"{params.width}×{params.height} did not fit into GPU memory, twice: ask for a "
+                "smaller picture, or start klein with KLEIN_OFFLOAD=model"
+            ) from error
+
+    @contextmanager
+    def _sparing(self) -> Iterator[None]:
+        """Little GPU memory for one job: nothing kept, small tiles, one branch at a time."""
+        self._embeds.clear()
+        self._merger.release()
+        torch.cuda.empty_cache()
+        paired, self._sampler.paired, self._frugal = self._sampler.paired, False, True
+        try:
+            yield
+        finally:
+            self._sampler.paired, self._frugal = paired, False
+
+    def _generate(self, job: Job) -> GenerationResult:
         clock = _Clock(job.submitted)
         if job.loras is None:
             self.prepare(job)
         params, warnings = job.params, list(job.warnings)
-        self._forwards = 0
+        self._sampler.forwards = 0
         try:
             job.check()
             with torch.inference_mode():
@@ -111,15 +157,10 @@ class KleinPipeline:
                 clock.lap("text")
                 self._choose_tiling(params, warnings)
                 images = tuple(self._draw(job, embeds, i, clock) for i in range(params.num_images))
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise OutOfMemory(
-                f"{params.width}×{params.height} did not fit into GPU memory: ask for a smaller "
-                "picture, or start klein with KLEIN_VAE_TILING=on or KLEIN_OFFLOAD=model"
-            ) from error
         finally:
             used = self._pipe.scheduler
             self._pipe.scheduler = self._scheduler
+            self._sampler.begin(0, None)
             self._pipe.maybe_free_model_hooks()
         mu, sigmas = self._check_schedule(params, used)
         return GenerationResult(
@@ -129,11 +170,17 @@ class KleinPipeline:
             loras=tuple(reports),
             mu=mu,
             sigmas=sigmas,
-            forwards=self._forwards,
+            forwards=self._sampler.forwards,
             timings=clock.seconds(),
             warnings=tuple(warnings),
             model=self.info,
         )
+
+    def warm_up(self) -> None:
+        """Draw a few steps, so that the first caller waits for nothing but a picture."""
+        request = GenerateRequest(prompt="a portrait", num_inference_steps=2, seed=0)
+        params = resolve(request, self._plan.spec, lambda: 0).params
+        self.generate(Job(params, deadline=math.inf))
 
     def prepare(self, job: Job) -> None:
         """Find and fetch the job's LoRAs, and settle what only their files know."""
@@ -231,7 +278,9 @@ class KleinPipeline:
         params = job.params
         seed = (params.seed + number) % SEEDS
         steps = params.num_inference_steps
-        before = self._forwards
+        before = self._sampler.forwards
+        self._sampler.begin(steps, embeds[1])
+        expected = self._sampler.expected(steps)
         self._set_scheduler(params)
 
         def on_step(_: Any, step: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -251,18 +300,17 @@ class KleinPipeline:
             guidance_scale=params.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(seed),
             max_sequence_length=params.max_sequence_length,
+            output_type="pt",
             callback_on_step_end=on_step,
         )
+        picture = _as_picture(output.images[0])
         clock.lap("decode")
-        expected = steps * (1 if embeds[1] is None else 2)
-        if self._forwards - before != expected:
+        if self._sampler.forwards - before != expected:
             raise InternalError(
-                f"{self._forwards - before} transformer forwards were run instead of {expected}"
+                f"{self._sampler.forwards - before} transformer forwards were run instead of "
+                f"{expected}"
             )
-        return GeneratedImage(seed, output.images[0])
-
-    def _count(self, *_: Any) -> None:
-        self._forwards += 1
+        return GeneratedImage(seed, picture)
 
     def _set_scheduler(self, params: GenerationParams) -> None:
         """`bfl` is the pipeline's own; another mu is a scheduler with that shift fixed."""
@@ -288,10 +336,9 @@ class KleinPipeline:
 
     def _choose_tiling(self, params: GenerationParams, warnings: list[str]) -> None:
         need = params.width * params.height * DECODE_BYTES_PER_PIXEL
-        tiled = self._settings.vae_tiling == "on"
+        tiled = self._settings.vae_tiling == "on" or self._frugal
         if self._settings.vae_tiling == "auto" and self._plan.device == "cuda":
-            free, _ = torch.cuda.mem_get_info()
-            tiled = free < need
+            tiled = tiled or _free_memory() < need
         self._pipe.vae.use_tiling = tiled
         if tiled and max(params.width, params.height) > self._pipe.vae.tile_sample_min_size:
             warnings.append("the picture was decoded in tiles to save memory; seams can differ")
@@ -328,26 +375,71 @@ def load(plan: Plan, settings: Settings, library: LoraLibrary) -> KleinPipeline:
     started = time.perf_counter()
     log.info("reading the weights from %s: %s", plan.found_in, plan.source)
     _quiet(small=not plan.spec.needs_gpu)
+    capability = torch.cuda.get_device_capability() if plan.device == "cuda" else (0, 0)
+    backend = attention.choose(settings.attention, plan.device, capability)
+    with ThreadPoolExecutor(1, "klein-prove") as beside:
+        proof = beside.submit(_prove, plan, settings, backend)
+        pipe = _read(plan, settings)
+        plan = replace(plan, acceleration=proof.result())
+    _assert_klein(pipe, plan)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae.use_slicing = settings.vae_slicing
+    pipe.vae.tile_sample_min_size = TILE
+    pipe.vae.tile_latent_min_size = TILE // pipe.vae_scale_factor
+    sampler = _accelerate(pipe, plan, backend)
+    _place(pipe, plan)
+    made = KleinPipeline(pipe, plan, settings, library, sampler, backend.label)
+    read = time.perf_counter() - started
+    if plan.device == "cuda" and plan.offload == "none":
+        made.warm_up()
+    log.info(
+        "%s loaded in %.1f s, warm after %.1f s; %s; %s tier, %s",
+        settings.model_id,
+        read,
+        time.perf_counter() - started,
+        plan.why,
+        plan.acceleration.tier.name,
+        backend.label,
+    )
+    return made
+
+
+def _read(plan: Plan, settings: Settings) -> Any:
+    """The pipeline with its weights where they are used first; raises ModelUnavailable."""
+    folder = Path(plan.source)
+    device = plan.device if plan.offload == "none" else "cpu"
     dtype = torch.bfloat16 if plan.device == "cuda" else torch.float32
-    where: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
     try:
-        encoder = _cut_text_encoder(plan, dtype, where)
-        pipe = Flux2KleinPipeline.from_pretrained(
-            plan.source, text_encoder=encoder, dtype=dtype, **where
+        encoder = loading.text_encoder(folder / "text_encoder", _cut_config(folder), device, dtype)
+        vae = loading.vae(folder / "vae", device, dtype)
+        if device == "cuda" and _originals_elsewhere(plan):
+            device = "cpu"
+        return Flux2KleinPipeline.from_pretrained(
+            plan.source,
+            text_encoder=encoder,
+            vae=vae,
+            transformer=loading.transformer(folder / "transformer", device, dtype),
+            local_files_only=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise ModelUnavailable(
             f"{settings.model_id} from {plan.found_in} could not be loaded "
             f"({type(error).__name__}): {str(error)[:300]}"
         ) from error
-    _assert_klein(pipe, plan)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.vae.use_slicing = settings.vae_slicing
-    _place(pipe, plan)
-    attention = _choose_attention(pipe.transformer, plan.device)
-    seconds = time.perf_counter() - started
-    log.info("%s loaded in %.1f s, %s; %s", settings.model_id, seconds, plan.why, attention)
-    return KleinPipeline(pipe, plan, settings, library, attention)
+
+
+def _originals_elsewhere(plan: Plan) -> bool:
+    """Whether the weights behind float8 copies must stay in main memory."""
+    both = plan.spec.transformer_bytes + plan.spec.block_parameters + WORKING_BYTES
+    return plan.acceleration.has("float8") and _free_memory() < both
+
+
+def _free_memory() -> int:
+    """Bytes of GPU memory that can be had, those that torch holds and does not use included."""
+    held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return int(torch.cuda.mem_get_info()[0]) + held
 
 
 def _quiet(*, small: bool) -> None:
@@ -358,22 +450,13 @@ def _quiet(*, small: bool) -> None:
         diffusers.utils.logging.disable_progress_bar()
 
 
-def _cut_text_encoder(plan: Plan, dtype: torch.dtype, where: dict[str, Any]) -> Any:
-    """The text encoder without the layers after the last hidden state that is read.
-
-    transformers replaces the last hidden state by its normed form, so that norm goes too; what
-    is left is bit-identical to the whole encoder's states 9, 18 and 27.
-    """
-    config = transformers.AutoConfig.from_pretrained(plan.source, subfolder="text_encoder")
+def _cut_config(folder: Path) -> Any:
+    """The text encoder's configuration without the layers after the last state that is read."""
+    config = transformers.AutoConfig.from_pretrained(folder, subfolder="text_encoder")
     config.num_hidden_layers = min(config.num_hidden_layers, OUT_LAYERS[-1])
     if layer_types := getattr(config, "layer_types", None):
         config.layer_types = layer_types[: config.num_hidden_layers]
-    encoder = transformers.Qwen3ForCausalLM.from_pretrained(
-        plan.source, subfolder="text_encoder", config=config, dtype=dtype, **where
-    )
-    encoder.model.norm = torch.nn.Identity()
-    encoder.lm_head = torch.nn.Identity()
-    return encoder
+    return config
 
 
 def _assert_klein(pipe: Any, plan: Plan) -> None:
@@ -387,28 +470,75 @@ def _assert_klein(pipe: Any, plan: Plan) -> None:
         )
 
 
-def _choose_attention(transformer: Any, device: str) -> str:
-    """flash-attn where it is installed and really runs, else torch's own; says which, and why."""
-    own = "torch's own attention"
-    if device != "cuda":
-        return own
+def _prove(plan: Plan, settings: Settings, backend: Backend) -> Acceleration:
+    """The acceleration, after klein's forward equalled diffusers' on this GPU.
+
+    The model is one double and one single block of this width with random weights, so the kernels
+    that are compiled for it are those of the pictures to come. Where they are wrong or do not
+    compile, a tier of klein's own choice becomes eager; one that is named raises ModelUnavailable.
+    """
+    chosen = plan.acceleration
+    if plan.device != "cuda" or not chosen.has("fused"):
+        return chosen
     try:
-        return _flash_attention(transformer, device)
-    except ModuleNotFoundError:
-        return f"{own} (flash-attn is not installed)"
-    except Exception as error:  # built for another torch, or not for this GPU
-        log.warning("flash-attn cannot be used here: %s", str(error)[:300])
-        return f"{own} (flash-attn is installed but failed: {type(error).__name__})"
+        from klein import kernels
+
+        kernels.keep_in(settings.kernel_cache.expanduser())
+        error = _difference(plan, backend)
+        if not error < 0.1:
+            raise RuntimeError(f"the forward is wrong by {error:.0%}")
+    except Exception as error:
+        why = f"klein's kernels cannot be used here ({type(error).__name__}: {str(error)[:300]})"
+        if settings.speed != "auto":
+            raise ModelUnavailable(
+                f"KLEIN_SPEED={settings.speed}: {why}; KLEIN_SPEED=eager needs none",
+                field="KLEIN_SPEED",
+            ) from error
+        log.warning("%s: pictures take longer", why)
+        return Acceleration(TIERS["eager"], why)
+    return chosen
 
 
-def _flash_attention(transformer: Any, device: str) -> str:
-    """Switch `transformer` to flash-attn after trying it; raises whatever that raises."""
-    import flash_attn
+@torch.inference_mode()
+def _difference(plan: Plan, backend: Backend) -> float:
+    """|klein's velocity - diffusers'| / |diffusers'| (bfloat16 alone makes about 0.02)."""
+    config = dict(Flux2Transformer2DModel.load_config(Path(plan.source) / "transformer"))
+    config |= {"num_layers": 1, "num_single_layers": 1}
+    with torch.device(plan.device):
+        model = Flux2Transformer2DModel.from_config(config).to(torch.bfloat16).eval()
+        ids = [torch.zeros(1, count, 4) for count in (48, 40)]
+        for each in ids:
+            each[..., 1:3] = torch.randint(0, 64, each[..., 1:3].shape)
+        given = {
+            "hidden_states": torch.randn(1, 48, model.config.in_channels, dtype=torch.bfloat16),
+            "encoder_hidden_states": torch.randn(
+                1, 40, model.config.joint_attention_dim, dtype=torch.bfloat16
+            ),
+            "timestep": torch.full((1,), 0.5, dtype=torch.bfloat16),
+            "img_ids": ids[0],
+            "txt_ids": ids[1],
+        }
+    theirs = model(**given, return_dict=False)[0].float()
+    mine = FusedForward(model, backend.attend)(**given)[0].float()
+    return float((mine - theirs).norm() / theirs.norm())
 
-    probe = torch.randn(1, 16, 1, 128, device=device, dtype=torch.bfloat16)
-    flash_attn.flash_attn_func(probe, probe, probe)
-    transformer.set_attention_backend("flash")
-    return f"flash-attn {flash_attn.__version__}"
+
+def _accelerate(pipe: Any, plan: Plan, backend: Backend) -> Sampler:
+    """Put the plan's options on; what is returned stands in for the transformer's forward."""
+    faster = plan.acceleration
+    forward = pipe.transformer.forward
+    if faster.has("fused"):
+        forward = FusedForward(pipe.transformer, backend.attend)
+    elif plan.device == "cuda":
+        pipe.transformer.set_attention_backend(backend.diffusers)
+    if faster.has("decoder"):
+        decoder.fuse(pipe.vae)
+    if faster.has("float8"):
+        quantise(pipe.transformer, plan.device)
+    thrift = THRIFT if faster.has("thrift") else None
+    sampler = Sampler(forward, paired=faster.has("paired"), thrift=thrift)
+    pipe.transformer.forward = sampler
+    return sampler
 
 
 def _place(pipe: Any, plan: Plan) -> None:
@@ -418,4 +548,10 @@ def _place(pipe: Any, plan: Plan) -> None:
         case "sequential":
             pipe.enable_sequential_cpu_offload()
         case _:
-            pipe.to(plan.device)
+            pass  # they were read to where they are used
+
+
+def _as_picture(image: Tensor) -> Image.Image:
+    """A picture from (3, height, width), 0 to 1."""
+    levels = (image.float() * 255).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())

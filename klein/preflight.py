@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from klein import models, weights
+from klein import acceleration, models, weights
+from klein.acceleration import Acceleration
 from klein.errors import ModelUnavailable, unknown
 from klein.machine import Machine
 from klein.models import GB, ModelSpec
@@ -29,7 +30,7 @@ ReadConfig = Callable[[str], dict[str, object]]
 class Plan:
     """What to load: `source` is a folder, or a Hub id to `download`; `why` explains the placement.
 
-    `found_in` says in words where the weights are.
+    `acceleration` is what is put on it, `found_in` says in words where the weights are.
     """
 
     source: str
@@ -38,6 +39,7 @@ class Plan:
     device: str
     offload: Offload
     why: str
+    acceleration: Acceleration
     found_in: str
     local: bool = False
     download: bool = False
@@ -54,6 +56,13 @@ def plan(settings: Settings, machine: Machine) -> Plan:
     spec = known or _identify(read)
     device = _device(settings, machine, spec)
     offload, why = place(settings, machine, spec, device)
+    situation = {offload} | ({"distilled"} if spec.distilled else set())
+    faster = acceleration.choose(
+        settings.speed,
+        device,
+        machine.gpus[0].capability if device == "cuda" else (0, 0),
+        frozenset(situation),
+    )
     if known:
         read("model_index.json")
     return Plan(
@@ -63,6 +72,7 @@ def plan(settings: Settings, machine: Machine) -> Plan:
         device,
         offload,
         why,
+        faster,
         found_in=found.place if found else "the Hugging Face Hub, to be downloaded",
         local=found is not None and found.place == LOCAL,
         download=found is None,
@@ -198,17 +208,25 @@ def place(
     """How to spread the weights, and why; raises ModelUnavailable if they fit nowhere."""
     if device == "cpu":
         return "none", "on the CPU"
+    tier = acceleration.wanted(settings.speed, device)
     free = machine.gpus[0].free
+    resident = spec.resident_bytes
+    if "float8" in tier.options:
+        resident -= spec.block_parameters
     needs: dict[Offload, int] = {
-        "none": spec.resident_bytes + WORKING_BYTES,
+        "none": resident + WORKING_BYTES,
         "model": max(spec.transformer_bytes, spec.text_encoder_bytes) + WORKING_BYTES,
         "sequential": min(SEQUENTIAL_BYTES, spec.resident_bytes + WORKING_BYTES),
     }
     allowed = [x for x in needs if settings.offload in ("auto", x)]
+    if settings.speed != "auto" and settings.offload == "auto":
+        allowed = [x for x in allowed if not acceleration.excludes(tier, x)]
     fitting = next((x for x in allowed if needs[x] <= free), None)
     if fitting is None:
         least = needs[allowed[-1]]
         hint = "; KLEIN_OFFLOAD=auto would decide by itself" if settings.offload != "auto" else ""
+        if settings.speed not in ("auto", "eager"):
+            hint = f"; KLEIN_SPEED={settings.speed} needs them at hand, KLEIN_SPEED=auto does not"
         raise ModelUnavailable(
             f"{spec.name} needs {_gb(least)} of GPU memory with offload {allowed[-1]!r}, and "
             f"{_gb(free)} are free: use a larger GPU or klein-base-4B{hint}",

@@ -143,6 +143,8 @@ def _answer(
             "dtype": model.dtype,
             "placement": model.placement,
             "attention": model.attention,
+            "speed": model.speed,
+            "speed_options": list(model.speed_options),
             "versions": model.versions,
         },
     }

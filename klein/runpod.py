@@ -2,7 +2,8 @@
 
 Nothing but answers leaves the handler: the SDK would send a raised exception to the caller with
 its traceback, host and worker id. Progress goes out in order and stops before the result does,
-since RunPod keeps a job IN_PROGRESS whose progress arrives last.
+since RunPod keeps a job IN_PROGRESS whose progress arrives last. A worker whose memory cannot be
+freed says so beside its answer, and RunPod replaces it.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from typing import Any
 from klein import render, startup
 from klein.core import Job, Progress
 from klein.delivery import Bucket
-from klein.engine import Engine
+from klein.engine import Engine, State
 from klein.errors import InternalError, InvalidRequest, KleinError
 from klein.request import parse
 from klein.resolve import resolve
@@ -44,8 +45,17 @@ class Worker:
         self._send = send
 
     async def handle(self, runpod_job: RunpodJob) -> dict[str, Any]:
-        """The answer to one job: that of `generate_json`, or an `error` string with its code."""
+        """The answer to one job: that of `generate_json`, or an `error` string with its code.
+
+        `refresh_worker`, which the SDK takes out, asks RunPod to replace a worker that is sick.
+        """
         request_id = re.sub(r"[^\w-]", "_", str(runpod_job.get("id", "")))[:64]
+        answer = await self._answer(runpod_job, request_id)
+        if self._engine.state is State.SICK:
+            answer["refresh_worker"] = True
+        return answer
+
+    async def _answer(self, runpod_job: RunpodJob, request_id: str) -> dict[str, Any]:
         try:
             return await self._generate(runpod_job, request_id)
         except KleinError as error:
@@ -160,7 +170,11 @@ def start_worker() -> Worker:
 
 
 def main() -> None:
-    """Load, then hand the handler to RunPod's SDK, which reads its own flags."""
+    """Load, then hand the handler to RunPod's SDK, which reads its own flags.
+
+    While RunPod replaces a worker the SDK would take another job, which could only be refused:
+    `refresh_worker` in its configuration ends its loop once the answer is posted.
+    """
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")  # its default prints whole results
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -171,9 +185,12 @@ def main() -> None:
     import runpod
 
     async def handler(job: RunpodJob) -> dict[str, Any]:
-        return await worker.handle(job)
+        answer = await worker.handle(job)
+        config["refresh_worker"] = "refresh_worker" in answer
+        return answer
 
-    runpod.serverless.start({"handler": handler})
+    config: dict[str, Any] = {"handler": handler}
+    runpod.serverless.start(config)
 
 
 if __name__ == "__main__":

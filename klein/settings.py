@@ -86,6 +86,24 @@ class Settings:
         _choice(*OFFLOADS),
         "`auto` (from free GPU memory), `none`, `model` or `sequential`",
     )
+    speed: str = _setting(
+        "KLEIN_SPEED",
+        "auto",
+        _choice("auto", "eager", "exact", "fast", "turbo"),
+        "the tier: `auto` (`exact` on a GPU, `eager` without), `eager`, `exact`, `fast` or `turbo`",
+    )
+    attention: str = _setting(
+        "KLEIN_ATTENTION",
+        "auto",
+        _choice("auto", "cudnn", "flash", "native"),
+        "`auto` (the best of these for the GPU), `cudnn`, `flash` (flash-attn) or `native` (torch)",
+    )
+    kernel_cache: Path = _setting(
+        "KLEIN_KERNEL_CACHE",
+        Path("~/.cache/klein/kernels"),
+        Path,
+        "folder of compiled kernels; on a volume the next worker finds them",
+    )
     vae_slicing: bool = _setting(
         "KLEIN_VAE_SLICING", False, _switch, "`on` sets it; pictures are decoded one by one anyway"
     )

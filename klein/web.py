@@ -17,8 +17,9 @@ from starlette.routing import Route
 from klein import __version__, delivery, schedule, sizes
 from klein.engine import Engine, State
 from klein.errors import ErrorCode, InvalidRequest, KleinError
+from klein.fetch import MAX_BYTES
 from klein.formats import FORMATS
-from klein.lora.library import MAX_UPLOAD_BYTES, LoraLibrary
+from klein.lora.library import LoraLibrary
 from klein.lora.reference import LoraSpec
 from klein.models import MODELS
 from klein.presets import DEFAULT_PRESET, PRESETS
@@ -112,7 +113,7 @@ async def _ping(request: Request) -> Response:
             return Response(status_code=204)
         case State.READY:
             return JSONResponse({"status": "ready"})
-        case State.FAILED | State.STOPPED as state:
+        case State.SICK | State.FAILED | State.STOPPED as state:
             return JSONResponse({"status": str(state)}, status_code=503)
 
 
@@ -200,8 +201,8 @@ async def _body(request: Request, kind: str) -> AsyncIterator[tuple[IO[bytes], s
         size = 0
         async for chunk in request.stream():
             size += len(chunk)
-            if size > MAX_UPLOAD_BYTES:
-                raise InvalidRequest(f"the file is larger than {MAX_UPLOAD_BYTES} bytes")
+            if size > MAX_BYTES:
+                raise InvalidRequest(f"the file is larger than {MAX_BYTES} bytes")
             await asyncio.to_thread(file.write, chunk)
         file.seek(0)
         yield file, name

@@ -18,6 +18,7 @@ from klein.core import (
     ModelInfo,
     Progress,
 )
+from klein.errors import OutOfMemory
 from klein.lora.reference import LoraSpec
 from klein.models import MODELS
 from klein.request import GenerateRequest, parse
@@ -71,6 +72,16 @@ class FakePipeline:
                 )
         self.drawn.append(params.prompt)
         return result(params, job.id, job.warnings, noise=self.noise)
+
+
+class HungryPipeline(FakePipeline):
+    """Runs out of memory when asked for "too much", after a second in which others come to wait."""
+
+    def generate(self, job: Job) -> GenerationResult:
+        if job.params.prompt == "too much":
+            time.sleep(1)
+            raise OutOfMemory("it did not fit into GPU memory: ask for a smaller picture")
+        return super().generate(job)
 
 
 def result(

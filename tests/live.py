@@ -1,5 +1,6 @@
 """Real processes for tests: klein's doors as a user starts them."""
 
+import json
 import os
 import socket
 import subprocess
@@ -44,6 +45,18 @@ def status(url: str) -> int:
         return error.code
     except OSError:
         return 0
+
+
+def post(url: str, body: object) -> tuple[int, bytes]:
+    """The status and body of the answer to a POST of JSON."""
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
 
 
 @contextmanager

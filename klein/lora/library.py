@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from klein.errors import InvalidRequest, LoraError
-from klein.fetch import Fetcher, FetchFailed, OnBytes
+from klein.fetch import MAX_BYTES, Fetcher, FetchFailed, OnBytes, check_size
 from klein.lora import file, reference
 from klein.lora.file import Card, LoraFile
 from klein.lora.reference import CivitaiFile, HubFile, LocalFile, LoraSpec, UrlFile
@@ -19,7 +19,6 @@ from klein.lora.store import LoraStore
 from klein.settings import Secret
 
 CIVITAI = "https://civitai.com"
-MAX_UPLOAD_BYTES = 4 * 1024**3
 _NAME = re.compile(r"^[\w][\w .+-]{0,120}\.safetensors$")
 
 
@@ -89,8 +88,8 @@ class LoraLibrary:
             with part.open("xb") as out:
                 for chunk in chunks:
                     size += len(chunk)
-                    if size > MAX_UPLOAD_BYTES:
-                        raise LoraError(f"LoRA {name!r} is larger than {MAX_UPLOAD_BYTES} bytes")
+                    if size > MAX_BYTES:
+                        raise LoraError(f"LoRA {name!r} is larger than {MAX_BYTES} bytes")
                     out.write(chunk)
             file.inspect(part, name)
             part.replace(target)
@@ -192,14 +191,16 @@ class LoraLibrary:
             ) from error
 
     def _hub(self, ref: HubFile) -> Path:
-        from huggingface_hub import errors, hf_hub_download
+        from huggingface_hub import errors
 
         secret = self._tokens.hugging_face
         token = secret.value if secret else None
         shown = f"LoRA {ref.repo!r}"
         try:
             name = ref.weight_name or self._only_file(ref, token)
-            return Path(hf_hub_download(ref.repo, name, revision=ref.revision, token=token))
+            return _hub_file(ref, name, token)
+        except FetchFailed as error:
+            raise LoraError(f"{shown}: {error}") from error
         except errors.GatedRepoError as error:
             raise LoraError(
                 f"{shown} is gated: accept its terms on the Hub and set HF_TOKEN"
@@ -233,6 +234,26 @@ class LoraLibrary:
                 f"LoRA {ref.repo!r}: name one of its .safetensors files as weight_name ({found})"
             )
         return weights[0]
+
+
+def _hub_file(ref: HubFile, name: str, token: str | None) -> Path:
+    """The file in the Hub's cache, put there if need be.
+
+    Its size is asked first: one request more for a download, none for a file that is there. Raises
+    FetchFailed when it is too large, or untold, since the Hub's client would fetch that without a
+    bound; and whatever that client raises.
+    """
+    from huggingface_hub import hf_hub_download
+
+    offer = hf_hub_download(ref.repo, name, revision=ref.revision, token=token, dry_run=True)
+    path = Path(offer.local_path)
+    if path.exists():
+        return path
+    if offer.will_download:
+        if offer.file_size is None:
+            raise FetchFailed(f"the Hub tells no size of {name!r}: name its https address instead")
+        check_size("the Hub", offer.file_size)
+    return Path(hf_hub_download(ref.repo, name, revision=ref.revision, token=token))
 
 
 def card(path: Path) -> Card:

@@ -8,6 +8,7 @@ import pytest
 
 from klein import runpod
 from klein.engine import Engine
+from klein.errors import LoraError, OutOfMemory
 from klein.runpod import Worker
 from klein.settings import Settings
 from tests import fakes
@@ -88,6 +89,19 @@ def test_nothing_of_an_unknown_error_leaves(engine: Engine, fake: fakes.FakePipe
     answer = _handle(_worker(engine), {"prompt": "x"})
     assert answer["error"].startswith("internal: ")
     assert "secret" not in json.dumps(answer)
+
+
+def test_a_sick_worker_asks_to_be_replaced(engine: Engine, fake: fakes.FakePipeline) -> None:
+    """Beside the error, and beside that of every job that still comes; no other error does."""
+    worker = _worker(engine)
+    fake.fail = LoraError("gone")
+    assert "refresh_worker" not in _handle(worker, {"prompt": "x"})
+    fake.fail = OutOfMemory("too big")
+    answer = _handle(worker, {"prompt": "x"})
+    assert (answer["error"], answer["refresh_worker"]) == ("out_of_memory: too big", True)
+    answer = _handle(worker, {"prompt": "x"})
+    assert answer["error"].startswith("not_ready: this worker ran out of GPU memory twice")
+    assert (answer["retryable"], answer["refresh_worker"]) == (True, True)
 
 
 def test_progress_is_throttled_in_order_and_drained(

@@ -8,7 +8,8 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 import service
-from klein.errors import LoraError, OutOfMemory
+from klein.engine import Engine, State
+from klein.errors import DeliveryFailed, KleinError, LoraError, OutOfMemory
 from klein.images import read_text
 from klein.lora.library import LoraLibrary
 from klein.presets import PRESETS
@@ -16,12 +17,15 @@ from klein.request import GenerateRequest
 from tests import fakes, loras
 
 FAKE = fakes.FakePipeline()
+LEFT: list[KleinError] = []
+"""Why the worker asked to be replaced."""
 
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
     """The whole ASGI app of the service, as BentoML builds it, on the fake pipeline."""
     service.Klein.inner.load = staticmethod(lambda loras: FAKE)
+    service.Klein.inner.leave = staticmethod(LEFT.append)
     with TestClient(service.Klein.to_asgi()) as client:
         while client.get("/readyz").status_code != 200:
             pass
@@ -103,7 +107,7 @@ def test_errors_of_a_job(client: TestClient) -> None:
     """Status, retry-after, request id; nothing of an unknown error but where to look."""
     cases = [
         (LoraError("no such LoRA"), 422, "lora_failed", False),
-        (OutOfMemory("too big"), 503, "out_of_memory", True),
+        (DeliveryFailed("no bucket"), 502, "delivery_failed", True),
         (RuntimeError("/secret/path"), 500, "internal", False),
     ]
     try:
@@ -118,6 +122,32 @@ def test_errors_of_a_job(client: TestClient) -> None:
             assert "/secret/path" not in answer.text
     finally:
         FAKE.fail = None
+
+
+def test_a_sick_worker_is_replaced(client: TestClient) -> None:
+    """Its answer goes out, then it is not ready, refuses, and ends for a fresh one."""
+    FAKE.fail = OutOfMemory("too big")
+    try:
+        answer = client.post("/generate", json={"prompt": "x"})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (503, "out_of_memory")
+        assert (error["message"], error["retryable"]) == ("too big", True)
+        while not LEFT:
+            pass
+        assert client.get("/readyz").status_code == 503
+        ping = client.get("/ping")
+        assert (ping.status_code, ping.json()) == (503, {"status": "sick"})
+        assert client.get("/livez").status_code == 200
+        answer = client.post("/generate", json={"prompt": "x"})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (503, "not_ready")
+        assert "being replaced" in error["message"]
+        assert answer.headers["retry-after"]
+        assert client.get("/capabilities").json()["queue"]["state"] == "sick"
+        assert [str(why) for why in LEFT] == ["too big"]
+    finally:
+        FAKE.fail = None
+        service.WEB.state.engine.state = State.READY
 
 
 def test_links_without_a_bucket_are_refused_before_the_work(client: TestClient) -> None:
@@ -150,17 +180,18 @@ def test_the_openapi_page_knows_every_field(client: TestClient) -> None:
 
 
 def test_load_balancers_are_told_the_truth() -> None:
-    """204 while loading, 503 when broken."""
+    """204 while loading, 503 when broken, and how."""
     from klein import web
-    from klein.engine import Engine, State
 
     app = web.create_app()
     probe = TestClient(app)
     assert probe.get("/ping").status_code == 204
     app.state.engine = Engine(lambda: FAKE, queue_size=1)
     assert probe.get("/ping").status_code == 204
-    app.state.engine.state = State.FAILED
-    assert probe.get("/ping").status_code == 503
+    for state in (State.SICK, State.STOPPED, State.FAILED):
+        app.state.engine.state = state
+        ping = probe.get("/ping")
+        assert (ping.status_code, ping.json()) == (503, {"status": str(state)})
     assert probe.get("/capabilities").json()["model"] is None
 
 

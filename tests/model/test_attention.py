@@ -1,4 +1,4 @@
-"""Which attention runs, and what is said about it."""
+"""Which attention runs, and that what is named and cannot run is refused."""
 
 import sys
 from types import ModuleType
@@ -6,51 +6,47 @@ from typing import Any
 
 import pytest
 
-from klein import pipeline
-
-
-class Transformer:
-    """Notes the backend it is switched to."""
-
-    backend: str | None = None
-
-    def set_attention_backend(self, name: str) -> None:
-        self.backend = name
+from klein import attention
+from klein.errors import ModelUnavailable
 
 
 @pytest.fixture
 def flash_attn(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A flash-attn that takes any device."""
     module: Any = ModuleType("flash_attn")
-    module.__version__ = "2.8.3"
-    module.flash_attn_func = lambda q, k, v: q
+    module.flash_attn_func = attention._native
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     return module
 
 
 def test_without_a_gpu_it_is_torchs() -> None:
-    """And there is nothing to say about it."""
-    assert pipeline._choose_attention(Transformer(), "cpu") == "torch's own attention"
+    """Whatever else is installed."""
+    assert attention.choose("auto", "cpu", (0, 0)).label == "torch's own attention"
 
 
-def test_flash_attn_that_is_not_there_is_said() -> None:
-    """A GPU would be faster with it."""
-    transformer = Transformer()
-    said = pipeline._choose_attention(transformer, "cuda")
-    assert said == "torch's own attention (flash-attn is not installed)"
-    assert transformer.backend is None
+def test_before_hopper_flash_attn_is_taken_if_it_runs(
+    flash_attn: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried before it is believed; where it fails or lies klein still serves."""
+    tried = []
+    real = attention._try
+    monkeypatch.setattr(attention, "_try", lambda one, _: tried.append(one) or real(one, "cpu"))
+    assert attention.choose("auto", "cuda", (8, 6)).label == "flash-attn"
+    flash_attn.flash_attn_func = lambda q, k, v: q * 0
+    assert attention.choose("auto", "cuda", (8, 6)).label == "torch's own attention"
+    monkeypatch.delitem(sys.modules, "flash_attn")
+    assert attention.choose("auto", "cuda", (8, 6)).label == "torch's own attention"
+    assert len(tried) == 3
 
 
-def test_flash_attn_that_fails_is_said(flash_attn: Any) -> None:
-    """Here for want of a GPU; elsewhere for another torch. klein still serves."""
-    transformer = Transformer()
-    said = pipeline._choose_attention(transformer, "cuda")
-    assert said.startswith("torch's own attention (flash-attn is installed but failed: ")
-    assert transformer.backend is None
+def test_hopper_takes_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured the fastest there; flash-attn is not even tried."""
+    monkeypatch.setattr(attention, "_try", lambda *_: None)
+    assert attention.choose("auto", "cuda", (9, 0)).label == "cuDNN"
 
 
-def test_flash_attn_that_runs_is_used(flash_attn: Any) -> None:
-    """After one call of it."""
-    transformer = Transformer()
-    assert pipeline._flash_attention(transformer, "cpu") == "flash-attn 2.8.3"
-    assert transformer.backend == "flash"
+@pytest.mark.parametrize("name", ["flash", "cudnn"])
+def test_one_that_is_named_and_cannot_run_stops_the_start(name: str) -> None:
+    """With the setting and the way out."""
+    with pytest.raises(ModelUnavailable, match=f"KLEIN_ATTENTION={name} .*KLEIN_ATTENTION=auto"):
+        attention.choose(name, "cpu", (0, 0))

@@ -7,9 +7,7 @@ import json
 import os
 import re
 import subprocess
-import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,24 +42,13 @@ def url(home: Path) -> Iterator[str]:
         yield url
 
 
-def _post(url: str, body: object) -> tuple[int, bytes]:
-    request = urllib.request.Request(
-        url, json.dumps(body).encode(), {"content-type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return answer.status, answer.read()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read()
-
-
 def _pixels(data: bytes) -> bytes:
     return Image.open(io.BytesIO(data)).convert("RGB").tobytes()
 
 
 def test_the_same_request_gives_the_same_bytes(url: str) -> None:
     """A PNG with its parameters inside, twice."""
-    first, second = (_post(f"{url}/generate", QUICK) for _ in range(2))
+    first, second = (live.post(f"{url}/generate", QUICK) for _ in range(2))
     assert first == second
     assert first[0] == 200
     assert "Seed: 1" in read_text(first[1])
@@ -69,10 +56,12 @@ def test_the_same_request_gives_the_same_bytes(url: str) -> None:
 
 def test_every_format_is_the_same_picture(url: str) -> None:
     """png is exact; jpeg and webp differ from it by their compression only."""
-    _, exact = _post(f"{url}/generate", QUICK)
+    _, exact = live.post(f"{url}/generate", QUICK)
     reference = Image.open(io.BytesIO(exact)).convert("RGB")
     for name in ("jpeg", "webp"):
-        _, data = _post(f"{url}/generate", {**QUICK, "output_format": name, "output_quality": 95})
+        _, data = live.post(
+            f"{url}/generate", {**QUICK, "output_format": name, "output_quality": 95}
+        )
         other = Image.open(io.BytesIO(data)).convert("RGB")
         pairs = zip(reference.tobytes(), other.tobytes(), strict=True)
         off = sum(abs(a - b) for a, b in pairs) / len(reference.tobytes())
@@ -90,7 +79,7 @@ def test_hanging_up_cancels(url: str) -> None:
     started = time.monotonic()
     _until(lambda: not _queue(url)["running"])
     assert time.monotonic() - started < 5
-    assert _post(f"{url}/generate", QUICK)[0] == 200
+    assert live.post(f"{url}/generate", QUICK)[0] == 200
 
 
 def _queue(url: str) -> dict[str, Any]:
@@ -147,13 +136,13 @@ def test_runpods_local_run_and_http_give_the_same_pixels(
     url: str, home: Path, tmp_path: Path
 ) -> None:
     """test_input.json through the SDK's API server, its --test_input, HTTP and the CLI."""
-    _, answer = _post(f"{url}/generate_json", JOB["input"])
+    _, answer = live.post(f"{url}/generate_json", JOB["input"])
     expected = _pixels(base64.b64decode(json.loads(answer)["images"][0]["base64"]))
     port, log = live.free_port(), tmp_path / "api.log"
     argv = ["python", "-m", "klein.runpod", "--rp_serve_api", "--rp_api_port", str(port)]
     with live.process(argv, live.environment(home), log) as running:
         live.wait_for(f"http://localhost:{port}/docs", 200, running, log)
-        _, answer = _post(f"http://localhost:{port}/runsync", JOB)
+        _, answer = live.post(f"http://localhost:{port}/runsync", JOB)
     done = json.loads(answer)
     assert done["status"] == "COMPLETED"
     assert _pixels(base64.b64decode(done["output"]["images"][0]["base64"])) == expected
@@ -177,41 +166,6 @@ def test_runpods_test_input(home: Path) -> None:
         assert "Traceback" not in run.stdout + run.stderr
 
 
-class Platform:
-    """RunPod's job API as the SDK sees it: hands out jobs, notes every post in order."""
-
-    def __init__(self, jobs: list[dict[str, Any]], cancel: str) -> None:
-        self.jobs, self.cancel = jobs, cancel
-        self.posts: list[tuple[str, dict[str, Any]]] = []
-        self.lock = threading.Lock()
-        self.cancelled = False
-
-    def __call__(self, seen: servers.Seen) -> servers.Answer:
-        path = seen.path.split("?")[0]
-        if path.startswith("/job-take"):
-            with self.lock:
-                job = self.jobs.pop(0) if self.jobs else None
-            if job is None:
-                time.sleep(0.2)
-                return 204, {}, b""
-            return 200, {"content-type": "application/json"}, json.dumps(job).encode()
-        if path.startswith("/job-stop"):
-            return self._stop()
-        if path.startswith(("/job-done", "/job-stream")):
-            job_id = path.rstrip("/").split("/")[-1]
-            self.posts.append((job_id, json.loads(seen.body)))
-        return 200, {"content-type": "application/json"}, b"{}"
-
-    def _stop(self) -> servers.Answer:
-        running = any(job == self.cancel for job, _ in self.posts)
-        if running and not self.cancelled:
-            self.cancelled = True
-            body = json.dumps({"jobsToStop": [self.cancel]}).encode()
-            return 200, {"content-type": "application/json"}, body
-        time.sleep(0.1)
-        return 204, {}, b""
-
-
 def test_runpods_queue_against_a_loopback_platform(home: Path, tmp_path: Path) -> None:
     """Progress in order and before the result, errors as strings, cancel frees the GPU."""
     long = {**QUICK, "num_inference_steps": 100, "width": 512, "height": 512}
@@ -221,22 +175,13 @@ def test_runpods_queue_against_a_loopback_platform(home: Path, tmp_path: Path) -
         {"id": "long", "input": long},
         {"id": "last", "input": QUICK},
     ]
-    platform = Platform(list(jobs), cancel="long")
+    platform = servers.RunpodPlatform(list(jobs), cancel="long")
     log = tmp_path / "worker.log"
     with servers.serve(platform) as server:
-        hooks = {
-            "RUNPOD_WEBHOOK_GET_JOB": f"{server.url}/job-take/w1?",
-            "RUNPOD_WEBHOOK_POST_OUTPUT": f"{server.url}/job-done/w1/$ID?",
-            "RUNPOD_WEBHOOK_POST_STREAM": f"{server.url}/job-stream/w1/$ID?",
-            "RUNPOD_WEBHOOK_PING": f"{server.url}/ping/w1",
-            "RUNPOD_POD_ID": "w1",
-            "RUNPOD_AI_API_KEY": "key",
-            "RUNPOD_ENDPOINT_ID": "e1",
-            "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
-            "RUNPOD_SKIP_GPU_CHECK": "true",
-        }
         argv = ["python", "-m", "klein.runpod"]
-        with live.process(argv, live.environment(home, **hooks), log) as running:
+        with live.process(
+            argv, live.environment(home, **servers.runpod_hooks(server)), log
+        ) as running:
             _until_posted(platform, "last", running, log)
     by_job: dict[str, list[dict[str, Any]]] = {}
     for job_id, body in platform.posts:
@@ -255,7 +200,7 @@ def test_runpods_queue_against_a_loopback_platform(home: Path, tmp_path: Path) -
 
 
 def _until_posted(
-    platform: Platform, job_id: str, running: subprocess.Popen[bytes], log: Path
+    platform: servers.RunpodPlatform, job_id: str, running: subprocess.Popen[bytes], log: Path
 ) -> None:
     for _ in range(900):
         if any(

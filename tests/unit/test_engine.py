@@ -2,10 +2,11 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 import pytest
 
-from klein.core import Progress
+from klein.core import Job, Progress
 from klein.engine import Engine, State
 from klein.errors import (
     Cancelled,
@@ -14,6 +15,7 @@ from klein.errors import (
     LoraError,
     ModelUnavailable,
     NotReady,
+    OutOfMemory,
     QueueFull,
 )
 from tests import fakes
@@ -171,6 +173,58 @@ def test_a_failed_job_leaves_the_next_one_clean(engine: Engine, fake: fakes.Fake
     assert "/secret/path" not in str(caught.value)
     fake.fail = None
     assert engine.submit(fakes.job()).result(5)
+
+
+def test_a_worker_out_of_memory_is_sick(fake: fakes.FakePipeline) -> None:
+    """The job is told, those that wait and those that come are sent away, the door hears last."""
+    heard: list[tuple[str, bool]] = []
+
+    def on_sick(error: Exception) -> None:
+        heard.append((str(error), all(future.done() for future in futures)))
+
+    engine = Engine(lambda: fake, queue_size=3, on_sick=on_sick).start()
+    engine.wait_ready(5)
+    fake.gate.clear()
+    fake.fetched.clear()
+    fetching = fakes.job(loras=[{"path": "a/b"}])
+    first = engine.submit(fakes.job(prompt="first"))
+    assert fake.started.wait(5)
+    futures = [engine.submit(job) for job in (fakes.job(), fakes.job(), fetching)]
+    fake.fail = OutOfMemory("it did not fit")
+    fake.gate.set()
+    assert first.result(5)
+    assert str(futures[0].exception(5)) == "it did not fit"
+    for future in futures[1:]:
+        assert isinstance(future.exception(5), NotReady)
+        assert "out of GPU memory twice and is being replaced" in str(future.exception(5))
+    with pytest.raises(NotReady, match="out of GPU memory twice and is being replaced"):
+        engine.submit(fakes.job())
+    assert engine.facts() == {"state": "sick", "waiting": 0, "running": False, "queue_size": 3}
+    assert isinstance(fetching.over, Cancelled)
+    engine.stop()
+    assert heard == [("it did not fit", True)]
+    assert fake.drawn == ["first"]
+
+
+def test_sick_while_stopping_is_stopped(fake: fakes.FakePipeline) -> None:
+    """Nobody asks for another worker in place of one that was told to go."""
+    heard: list[Exception] = []
+
+    def generate(job: Job) -> NoReturn:
+        fake.started.set()
+        while not job.over:
+            time.sleep(0.01)
+        raise OutOfMemory("it did not fit")
+
+    fake.generate = generate  # type: ignore[method-assign]
+    engine = Engine(lambda: fake, queue_size=2, on_sick=heard.append).start()
+    engine.wait_ready(5)
+    running, waiting = (engine.submit(fakes.job()) for _ in range(2))
+    assert fake.started.wait(5)
+    engine.stop()
+    assert isinstance(running.exception(1), OutOfMemory)
+    assert isinstance(waiting.exception(1), Cancelled)
+    assert (engine.state, heard) == (State.STOPPED, [])
 
 
 def test_stop_cancels_and_refuses(fake: fakes.FakePipeline) -> None:

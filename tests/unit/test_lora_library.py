@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from klein.errors import LoraError
+from klein.fetch import MAX_BYTES
 from klein.lora import reference
 from klein.lora.library import LoraLibrary
 from klein.lora.reference import CivitaiFile, HubFile, LocalFile, LoraSpec, UrlFile
@@ -138,17 +139,57 @@ def test_hub_files(
         "me/private": {"lora.safetensors": data},
     }
     with servers.serve(servers.hub(repos, gated=("me/private",))) as hub:
-        run = subprocess.run(
-            [sys.executable, "-c", SCRIPT, path, weight_name, revision, token],
-            env={
-                **os.environ,
-                "HF_ENDPOINT": hub.url,
-                "HF_HOME": str(tmp_path / "hf"),
-                "HF_HUB_OFFLINE": "0",
-            },
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    assert says in run.stdout, run.stdout + run.stderr
-    assert "hf_good" not in run.stdout
+        said = _find(hub, tmp_path, path, weight_name, revision, token)
+    assert says in said
+    assert "hf_good" not in said
+
+
+def _find(hub: servers.Server, tmp_path: Path, *argv: str) -> str:
+    """What SCRIPT says of path, weight_name, revision and token; its cache is kept."""
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *argv],
+        env={
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_OFFLINE": "0",
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return run.stdout + run.stderr
+
+
+def _asked(hub: servers.Server) -> list[str]:
+    """The methods of what was asked about me/one."""
+    return [seen.method for seen in hub.seen if "/me/one/" in seen.path]
+
+
+@pytest.mark.parametrize(
+    ("told", "says", "fetched"),
+    [
+        (MAX_BYTES, "could not be fetched", True),  # it is smaller, and Hub clients compare
+        (MAX_BYTES + 1, f"the Hub offers {MAX_BYTES + 1} bytes; {MAX_BYTES} are the most", False),
+        (None, "the Hub tells no size of 'lora.safetensors': name its https address", False),
+    ],
+)
+def test_hub_files_are_bounded(tmp_path: Path, told: int | None, says: str, fetched: bool) -> None:
+    """By the size the Hub tells, before a byte is fetched; what it tells no size of is refused."""
+    data = _file(tmp_path / "x.safetensors").read_bytes()
+    repos = {"me/one": {"lora.safetensors": data}}
+    with servers.serve(servers.hub(repos, told={"me/one": told})) as hub:
+        assert says in _find(hub, tmp_path, "me/one", "lora.safetensors", "", "")
+    assert ("GET" in _asked(hub)) is fetched
+
+
+def test_a_hub_file_at_hand_costs_one_question(tmp_path: Path) -> None:
+    """Whether it is still the newest; with a commit not even that, however large it is."""
+    data = _file(tmp_path / "x.safetensors").read_bytes()
+    repos, told = {"me/one": {"lora.safetensors": data}}, dict[str, int | None]()
+    with servers.serve(servers.hub(repos, told=told)) as hub:
+        for revision, asked in (("", ["HEAD", "HEAD", "GET"]), ("", ["HEAD"]), ("c" * 40, [])):
+            hub.seen.clear()
+            assert "found 4" in _find(hub, tmp_path, "me/one", "lora.safetensors", revision, "")
+            assert _asked(hub) == asked
+            told["me/one"] = MAX_BYTES + 1

@@ -1,0 +1,191 @@
+"""What makes pictures come faster: one row each, in the order they are put on, and the tiers.
+
+A tier is what an operator chooses (KLEIN_SPEED); it is in force whole or not at all.
+"""
+
+from dataclasses import dataclass
+
+from klein.errors import ModelUnavailable
+
+Capability = tuple[int, int]
+"""An NVIDIA GPU's compute capability: (9, 0) is Hopper."""
+
+SITUATIONS = {
+    "model": "model offload would move the float8 weights and their originals for each picture",
+    "sequential": "sequential offload keeps the weights where kernels cannot read them",
+    "distilled": "the model is distilled to a few steps, and none of them can be left out",
+}
+"""What can be in an option's way besides the GPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One way to be faster. `exact`: only the order of floating-point operations differs.
+
+    `needs` are options that must be on before it, `excludes` are SITUATIONS, `capability` is the
+    least of a GPU.
+    """
+
+    name: str
+    exact: bool
+    doc: str
+    needs: tuple[str, ...] = ()
+    excludes: tuple[str, ...] = ()
+    capability: Capability = (8, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """A named set of options."""
+
+    name: str
+    options: tuple[str, ...]
+    doc: str
+
+    @property
+    def exact(self) -> bool:
+        """Whether pictures equal the eager tier's but for floating-point order."""
+        return all(OPTIONS[name].exact for name in self.options)
+
+
+@dataclass(frozen=True, slots=True)
+class Thrift:
+    """Which steps are computed when not all are: the `first`, every `every`-th after them, and the
+    last. The others carry the velocities on in a straight line through the last two computed."""
+
+    first: int
+    every: int
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether step `step` of `steps`, from 0, is computed."""
+        after = step - self.first
+        return after < 0 or after % self.every == 0 or step == steps - 1
+
+    def computed(self, steps: int) -> int:
+        """How many of `steps` are computed."""
+        return sum(self.due(step, steps) for step in range(steps))
+
+
+@dataclass(frozen=True, slots=True)
+class Acceleration:
+    """What is in force. `why` says what kept klein from a faster choice of its own."""
+
+    tier: Tier
+    why: str = ""
+
+    def has(self, option: str) -> bool:
+        """Whether the option is on."""
+        return option in self.tier.options
+
+
+THRIFT = Thrift(first=3, every=2)
+"""28 steps become 16: SPEED.md has what others cost."""
+
+OPTIONS: dict[str, Option] = {
+    row.name: row
+    for row in (
+        Option(
+            "fused",
+            True,
+            "what lies between the matrix products of a block runs as four Triton kernels",
+            excludes=("sequential",),
+        ),
+        Option(
+            "paired",
+            True,
+            "both branches of guidance run as one batch",
+            needs=("fused",),
+        ),
+        Option(
+            "decoder",
+            True,
+            "the VAE decodes channels last, with norm and activation in one kernel",
+            excludes=("sequential",),
+        ),
+        Option(
+            "float8",
+            False,
+            "matrix products of the blocks run in float8, row by row; LoRAs are merged in full "
+            "precision first",
+            needs=("fused",),
+            excludes=("model", "sequential"),
+            capability=(8, 9),
+        ),
+        Option(
+            "thrift",
+            False,
+            f"after {THRIFT.first} steps only every other one and the last are computed",
+            excludes=("distilled",),
+        ),
+    )
+}
+
+TIERS: dict[str, Tier] = {
+    row.name: row
+    for row in (
+        Tier("eager", (), "diffusers as it is"),
+        Tier("exact", ("fused", "paired", "decoder"), "the same pictures, sooner"),
+        Tier("fast", ("fused", "paired", "decoder", "float8"), "nearly the same pictures"),
+        Tier(
+            "turbo",
+            ("fused", "paired", "decoder", "float8", "thrift"),
+            "fewer forwards: pictures differ in detail",
+        ),
+    )
+}
+
+
+def wanted(speed: str, device: str) -> Tier:
+    """The tier that a setting asks for on a device."""
+    if speed == "auto":
+        speed = "exact" if device == "cuda" else "eager"
+    return TIERS[speed]
+
+
+def choose(
+    speed: str, device: str, capability: Capability, situation: frozenset[str]
+) -> Acceleration:
+    """The tier in force; `situation` are those of SITUATIONS that hold.
+
+    A tier named in the setting is refused with ModelUnavailable where it cannot be; `auto` falls
+    back to eager and says why.
+    """
+    tier = wanted(speed, device)
+    obstacle = _obstacle(tier, device, capability, situation)
+    if obstacle is None:
+        return Acceleration(tier)
+    if speed == "auto":
+        return Acceleration(TIERS["eager"], f"{tier.name} cannot be used: {obstacle}")
+    best = next(
+        other.name
+        for other in reversed(TIERS.values())
+        if _obstacle(other, device, capability, situation) is None
+    )
+    raise ModelUnavailable(
+        f"KLEIN_SPEED={speed} cannot be used: {obstacle}; KLEIN_SPEED={best} can",
+        field="KLEIN_SPEED",
+    )
+
+
+def excludes(tier: Tier, situation: str) -> bool:
+    """Whether the tier cannot be had in one of SITUATIONS."""
+    return any(situation in OPTIONS[name].excludes for name in tier.options)
+
+
+def _obstacle(
+    tier: Tier, device: str, capability: Capability, situation: frozenset[str]
+) -> str | None:
+    for option in map(OPTIONS.__getitem__, tier.options):
+        if device == "cuda" and capability < option.capability:
+            return (
+                f"{option.name} needs compute capability {_shown(option.capability)} and the GPU "
+                f"has {_shown(capability)}"
+            )
+        for excluded in option.excludes:
+            if excluded in situation:
+                return f"{option.name} is out of reach, because {SITUATIONS[excluded]}"
+    return None
+
+
+def _shown(capability: Capability) -> str:
+    return ".".join(map(str, capability))

@@ -1,0 +1,86 @@
+"""The table of speed options: its order, its conflicts, and what a setting gets."""
+
+import pytest
+
+from klein import acceleration
+from klein.acceleration import OPTIONS, SITUATIONS, THRIFT, TIERS, Thrift
+from klein.errors import BadSetting, ModelUnavailable
+from klein.settings import Settings
+
+HOPPER = (9, 0)
+NOTHING: frozenset[str] = frozenset()
+
+
+@pytest.mark.parametrize("tier", TIERS.values(), ids=lambda tier: tier.name)
+def test_a_tiers_options_are_in_the_tables_order(tier: acceleration.Tier) -> None:
+    """So that each finds what it needs already on."""
+    order = list(OPTIONS)
+    assert list(tier.options) == sorted(tier.options, key=order.index)
+    for name in tier.options:
+        before = tier.options[: tier.options.index(name)]
+        assert set(OPTIONS[name].needs) <= set(before)
+
+
+def test_the_table_names_only_what_there_is() -> None:
+    """Options need options and exclude situations."""
+    for option in OPTIONS.values():
+        assert set(option.needs) <= set(OPTIONS)
+        assert set(option.excludes) <= set(SITUATIONS)
+
+
+def test_each_tier_adds_to_the_one_before() -> None:
+    """A faster tier never leaves out what a slower one has, and exactness is lost once."""
+    tiers = list(TIERS.values())
+    for slower, faster in zip(tiers, tiers[1:], strict=False):
+        assert set(slower.options) < set(faster.options)
+        assert slower.exact or not faster.exact
+    assert [tier.exact for tier in tiers] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(("device", "tier"), [("cuda", "exact"), ("cpu", "eager")])
+def test_auto_follows_the_device(device: str, tier: str) -> None:
+    """Exact pictures on a GPU, diffusers as it is without."""
+    assert acceleration.choose("auto", device, HOPPER, NOTHING).tier.name == tier
+
+
+@pytest.mark.parametrize(
+    ("speed", "capability", "situation", "says"),
+    [
+        ("fast", (8, 0), NOTHING, "float8 needs compute capability 8.9 .*KLEIN_SPEED=exact can"),
+        ("turbo", HOPPER, frozenset({"distilled"}), "thrift .*distilled.*KLEIN_SPEED=fast can"),
+        ("exact", HOPPER, frozenset({"sequential"}), "fused .*sequential.*KLEIN_SPEED=eager can"),
+        ("fast", HOPPER, frozenset({"model"}), "float8 .*offload.*KLEIN_SPEED=exact can"),
+        ("exact", (7, 5), NOTHING, "fused needs compute capability 8.0 .*KLEIN_SPEED=eager can"),
+    ],
+)
+def test_a_tier_that_cannot_be_is_refused_with_the_best_that_can(
+    speed: str, capability: tuple[int, int], situation: frozenset[str], says: str
+) -> None:
+    """Nothing that was asked for is quietly something else."""
+    with pytest.raises(ModelUnavailable, match=says) as caught:
+        acceleration.choose(speed, "cuda", capability, situation)
+    assert caught.value.field == "KLEIN_SPEED"
+
+
+def test_klein_s_own_choice_gives_way_and_says_why() -> None:
+    """Nobody asked for exact, so eager serves, with a sentence for /capabilities."""
+    chosen = acceleration.choose("auto", "cuda", (7, 5), NOTHING)
+    assert chosen.tier.name == "eager"
+    assert "exact cannot be used: fused needs compute capability 8.0" in chosen.why
+
+
+def test_every_tier_can_be_named() -> None:
+    """And what is not a tier is refused with those that are."""
+    for name in (*TIERS, "auto"):
+        assert Settings.from_env({"KLEIN_SPEED": name}).speed == name
+    with pytest.raises(BadSetting, match="must be one of auto, eager, exact, fast, turbo"):
+        Settings.from_env({"KLEIN_SPEED": "warp"})
+
+
+def test_thrift_computes_the_first_every_other_and_the_last() -> None:
+    """A line through two known velocities needs two known velocities."""
+    due = [step for step in range(10) if Thrift(first=3, every=2).due(step, 10)]
+    assert due == [0, 1, 2, 3, 5, 7, 9]
+    assert THRIFT.first >= 2
+    assert THRIFT.computed(28) == 16
+    assert [THRIFT.computed(steps) for steps in (1, 2, 3, 4)] == [1, 2, 3, 4]
