@@ -130,7 +130,7 @@ def served(stock: Any, model: Any, spec: ModelSpec, device: str, tier: str, lora
         device,
         "none",
         "for a benchmark",
-        Acceleration(TIERS[tier]),
+        Acceleration(TIERS[tier], TIERS[tier].options),
         "memory",
     )
     vae = AutoencoderKLFlux2.from_config(stock.vae.config)

@@ -1,8 +1,10 @@
 """What makes pictures come faster: one row each, in the order they are put on, and the tiers.
 
-A tier is what an operator chooses (KLEIN_SPEED); it is in force whole or not at all.
+A tier is what an operator chooses (KLEIN_SPEED); but for what is `optional` it is in force whole
+or not at all.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 from klein.errors import ModelUnavailable
@@ -11,7 +13,7 @@ Capability = tuple[int, int]
 """An NVIDIA GPU's compute capability: (9, 0) is Hopper."""
 
 SITUATIONS = {
-    "model": "model offload would move the float8 weights and their originals for each picture",
+    "model": "model offload moves weights about, and their place must not change",
     "sequential": "sequential offload keeps the weights where kernels cannot read them",
     "distilled": "the model is distilled to a few steps, and none of them can be left out",
 }
@@ -23,7 +25,7 @@ class Option:
     """One way to be faster. `exact`: only the order of floating-point operations differs.
 
     `needs` are options that must be on before it, `excludes` are SITUATIONS, `capability` is the
-    least of a GPU.
+    least of a GPU. One that is `optional` is left out where it cannot be, and the tier stands.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Option:
     needs: tuple[str, ...] = ()
     excludes: tuple[str, ...] = ()
     capability: Capability = (8, 0)
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +74,12 @@ class Acceleration:
     """What is in force. `why` says what kept klein from a faster choice of its own."""
 
     tier: Tier
+    options: tuple[str, ...]
     why: str = ""
 
     def has(self, option: str) -> bool:
         """Whether the option is on."""
-        return option in self.tier.options
+        return option in self.options
 
 
 THRIFT = Thrift(first=3, every=2)
@@ -103,6 +107,13 @@ OPTIONS: dict[str, Option] = {
             excludes=("sequential",),
         ),
         Option(
+            "graphed",
+            True,
+            "the text encoder runs as one CUDA graph",
+            excludes=("model", "sequential"),
+            optional=True,
+        ),
+        Option(
             "float8",
             False,
             "matrix products of the blocks run in float8, row by row; LoRAs are merged in full "
@@ -120,17 +131,15 @@ OPTIONS: dict[str, Option] = {
     )
 }
 
+EXACT = ("fused", "paired", "decoder", "graphed")
+
 TIERS: dict[str, Tier] = {
     row.name: row
     for row in (
         Tier("eager", (), "diffusers as it is"),
-        Tier("exact", ("fused", "paired", "decoder"), "the same pictures, sooner"),
-        Tier("fast", ("fused", "paired", "decoder", "float8"), "nearly the same pictures"),
-        Tier(
-            "turbo",
-            ("fused", "paired", "decoder", "float8", "thrift"),
-            "fewer forwards: pictures differ in detail",
-        ),
+        Tier("exact", EXACT, "the same pictures, sooner"),
+        Tier("fast", (*EXACT, "float8"), "nearly the same pictures"),
+        Tier("turbo", (*EXACT, "float8", "thrift"), "fewer forwards: pictures differ in detail"),
     )
 }
 
@@ -153,9 +162,9 @@ def choose(
     tier = wanted(speed, device)
     obstacle = _obstacle(tier, device, capability, situation)
     if obstacle is None:
-        return Acceleration(tier)
+        return Acceleration(tier, tuple(x for x in tier.options if _fits(OPTIONS[x], situation)))
     if speed == "auto":
-        return Acceleration(TIERS["eager"], f"{tier.name} cannot be used: {obstacle}")
+        return eager(f"{tier.name} cannot be used: {obstacle}")
     best = next(
         other.name
         for other in reversed(TIERS.values())
@@ -167,15 +176,27 @@ def choose(
     )
 
 
+def eager(why: str) -> Acceleration:
+    """diffusers as it is, because of `why`."""
+    return Acceleration(TIERS["eager"], (), why)
+
+
 def excludes(tier: Tier, situation: str) -> bool:
     """Whether the tier cannot be had in one of SITUATIONS."""
-    return any(situation in OPTIONS[name].excludes for name in tier.options)
+    options = (OPTIONS[name] for name in tier.options)
+    return any(not _fits(option, {situation}) for option in options if not option.optional)
+
+
+def _fits(option: Option, situation: Set[str]) -> bool:
+    return not situation & set(option.excludes)
 
 
 def _obstacle(
     tier: Tier, device: str, capability: Capability, situation: frozenset[str]
 ) -> str | None:
     for option in map(OPTIONS.__getitem__, tier.options):
+        if option.optional:
+            continue
         if device == "cuda" and capability < option.capability:
             return (
                 f"{option.name} needs compute capability {_shown(option.capability)} and the GPU "

@@ -176,7 +176,9 @@ def _quantised(x: Tensor, start: int, stop: int) -> Rows:
 def linear(layer: torch.nn.Linear, x: Tensor | Rows) -> Tensor:
     """The layer's product, (batch, tokens, out) in the weight's type; of rows in float8."""
     if isinstance(x, Tensor):
-        return F.linear(x, layer.weight)
+        if x.is_contiguous():
+            return F.linear(x, layer.weight)
+        return torch.bmm(x, layer.weight.t().expand(len(x), -1, -1))
     weight, scale = _copy_of(layer)
     if x.values.is_cuda:
         out = torch._scaled_mm(

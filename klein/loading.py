@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +26,10 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from klein.preflight import Plan
+
+OUT_LAYERS = (9, 18, 27)
+"""Hidden states of the text encoder that FLUX.2-klein reads; what comes after them is not."""
 THREADS = 8
 """Reads in flight: what a disk or a network volume needs to give all it has."""
 CHUNK_BYTES = 32 * 1024**2
@@ -55,21 +59,64 @@ DTYPES = {
 Wanted = Callable[[str], bool]
 """Whether the tensor of that name is to be read."""
 Device = torch.device | str
+Weights = Future[dict[str, Tensor]]
+"""A part's tensors by name, once they are read."""
 
 
-def transformer(folder: Path, device: Device, dtype: torch.dtype) -> Any:
-    """The Flux2Transformer2DModel in `folder` on `device`, for inference; raises as `_load`."""
+def _everything(_: str) -> bool:
+    return True
+
+
+def dtype_on(device: str) -> torch.dtype:
+    """What a model computes in there."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def begin(plan: Plan) -> dict[str, Weights]:
+    """Begin to read the model's parts, one after another, and return at once.
+
+    This needs no more than torch, so that it can go on while diffusers is imported. The parts are
+    for the functions below.
+    """
+    folder, dtype = Path(plan.source), dtype_on(plan.device)
+    one = ThreadPoolExecutor(1, thread_name_prefix="klein-weights")
+    parts = (
+        ("text_encoder", plan.read_to, _layers_below(OUT_LAYERS[-1])),
+        ("vae", plan.read_to, _everything),
+        ("transformer", plan.transformer_to, _everything),
+    )
+    begun = {
+        name: one.submit(read, folder / name, _exact(where), dtype, wanted)
+        for name, where, wanted in parts
+    }
+    one.shutdown(wait=False)
+    return begun
+
+
+def transformer(
+    folder: Path, device: Device, dtype: torch.dtype, weights: Weights | None = None
+) -> Any:
+    """The Flux2Transformer2DModel in `folder` on `device`, for inference; raises as `_load`.
+
+    `weights` are those that were begun to be read; here as below.
+    """
     build = partial(_empty_diffusers, "Flux2Transformer2DModel", folder)
-    return _load(folder, device, dtype, build)
+    return _load(folder, device, dtype, build, weights=weights)
 
 
-def vae(folder: Path, device: Device, dtype: torch.dtype) -> Any:
+def vae(folder: Path, device: Device, dtype: torch.dtype, weights: Weights | None = None) -> Any:
     """The AutoencoderKLFlux2 in `folder` on `device`, for inference; raises as `_load`."""
     build = partial(_empty_diffusers, "AutoencoderKLFlux2", folder)
-    return _load(folder, device, dtype, build)
+    return _load(folder, device, dtype, build, weights=weights)
 
 
-def text_encoder(folder: Path, config: Any, device: Device, dtype: torch.dtype) -> Any:
+def text_encoder(
+    folder: Path,
+    config: Any,
+    device: Device,
+    dtype: torch.dtype,
+    weights: Weights | None = None,
+) -> Any:
     """The Qwen3ForCausalLM of `config` with weights from `folder`, for inference.
 
     Layers that `config` does not count are not read, nor are the head and the last norm, which are
@@ -77,7 +124,8 @@ def text_encoder(folder: Path, config: Any, device: Device, dtype: torch.dtype) 
     `_load`.
     """
     build = partial(_empty_text_encoder, config, dtype)
-    return _load(folder, device, dtype, build, _layers_below(config.num_hidden_layers))
+    wanted = _layers_below(config.num_hidden_layers)
+    return _load(folder, device, dtype, build, wanted, weights)
 
 
 def read(
@@ -117,7 +165,8 @@ def _load(
     device: Device,
     dtype: torch.dtype,
     build: Callable[[], Any],
-    wanted: Wanted = lambda _: True,
+    wanted: Wanted = _everything,
+    weights: Weights | None = None,
 ) -> Any:
     """The model that `build` makes without weights, with them; it is built while they are read.
 
@@ -126,7 +175,7 @@ def _load(
     """
     device = _exact(device)
     with ThreadPoolExecutor(1, thread_name_prefix="klein-weights") as background:
-        weights = background.submit(read, folder, device, dtype, wanted)
+        weights = weights or background.submit(read, folder, device, dtype, wanted)
         model = build()
         missing, _ = model.load_state_dict(weights.result(), strict=False, assign=True)
     if missing:

@@ -5,7 +5,6 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +17,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2
 from PIL import Image
 from torch import Tensor
 
-from klein import __version__, attention, decoder, loading, schedule, sizes, weights
-from klein.acceleration import THRIFT, TIERS, Acceleration
+from klein import __version__, attention, decoder, loading, preflight, schedule, sizes
+from klein.acceleration import THRIFT, Acceleration, eager
 from klein.adapters import LoraMerger, Wanted
 from klein.attention import Backend
 from klein.core import (
@@ -32,12 +31,13 @@ from klein.core import (
     ModelInfo,
     Progress,
 )
+from klein.encoder import GraphedEncoder
 from klein.errors import InternalError, LoraError, ModelUnavailable, OutOfMemory
 from klein.lora.file import LoraFile
 from klein.lora.library import LoraLibrary
 from klein.lora.reference import shown
 from klein.models import GB
-from klein.preflight import WORKING_BYTES, Plan
+from klein.preflight import Plan
 from klein.request import GenerateRequest
 from klein.resolve import resolve, settle_loras
 from klein.sampling import Sampler
@@ -46,8 +46,6 @@ from klein.transformer import FusedForward, quantise
 
 log = logging.getLogger("bentoml.klein")
 
-OUT_LAYERS = (9, 18, 27)
-"""Hidden states of the text encoder that FLUX.2-klein reads."""
 EMBEDS_KEPT = 16
 DECODE_BYTES_PER_PIXEL = 3 * GB / 1024**2
 """Working memory of an untiled decode: an estimate."""
@@ -85,7 +83,7 @@ class KleinPipeline:
             placement=plan.why,
             attention=attention,
             speed=plan.acceleration.tier.name,
-            speed_options=plan.acceleration.tier.options,
+            speed_options=plan.acceleration.options,
             versions={
                 "klein": __version__,
                 "torch": torch.__version__,
@@ -361,26 +359,31 @@ class _Clock:
         return {stage: round(s, 4) for stage, s in (self._laps | {"total": total}).items()}
 
 
-def load(plan: Plan, settings: Settings, library: LoraLibrary) -> KleinPipeline:
-    """Read the weights and place them; minutes for the 9B model. Raises ModelUnavailable."""
+def load(
+    plan: Plan,
+    settings: Settings,
+    library: LoraLibrary,
+    begun: dict[str, loading.Weights] | None = None,
+) -> KleinPipeline:
+    """Read the weights and place them; raises ModelUnavailable.
+
+    `begun` is what klein.loading has begun to read for this plan already.
+    """
     if plan.device == "cuda" and not torch.cuda.is_available():
         raise ModelUnavailable(
             f"torch {torch.__version__} cannot use this GPU: install a CUDA build that fits the "
             "driver, or use MODEL_ID=nano with KLEIN_DEVICE=cpu"
         )
-    if plan.download:
-        token = settings.hf_token.value if settings.hf_token else None
-        fetched = weights.download(plan.source, plan.revision, token)
-        plan = replace(plan, source=str(fetched.folder), revision=fetched.revision)
     started = time.perf_counter()
+    plan = preflight.fetched(plan, settings)
+    begun = begun or loading.begin(plan)
     log.info("reading the weights from %s: %s", plan.found_in, plan.source)
     _quiet(small=not plan.spec.needs_gpu)
     capability = torch.cuda.get_device_capability() if plan.device == "cuda" else (0, 0)
     backend = attention.choose(settings.attention, plan.device, capability)
-    with ThreadPoolExecutor(1, "klein-prove") as beside:
-        proof = beside.submit(_prove, plan, settings, backend)
-        pipe = _read(plan, settings)
-        plan = replace(plan, acceleration=proof.result())
+    plan = replace(plan, acceleration=_proved(plan, settings, backend))
+    proved = time.perf_counter()
+    pipe = _read(plan, settings, begun)
     _assert_klein(pipe, plan)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.use_slicing = settings.vae_slicing
@@ -389,13 +392,15 @@ def load(plan: Plan, settings: Settings, library: LoraLibrary) -> KleinPipeline:
     sampler = _accelerate(pipe, plan, backend)
     _place(pipe, plan)
     made = KleinPipeline(pipe, plan, settings, library, sampler, backend.label)
-    read = time.perf_counter() - started
+    read = time.perf_counter()
     if plan.device == "cuda" and plan.offload == "none":
         made.warm_up()
     log.info(
-        "%s loaded in %.1f s, warm after %.1f s; %s; %s tier, %s",
+        "%s loaded: kernels ready after %.1f s, weights after %.1f s, warm after %.1f s; %s; "
+        "%s tier, %s",
         settings.model_id,
-        read,
+        proved - started,
+        read - started,
         time.perf_counter() - started,
         plan.why,
         plan.acceleration.tier.name,
@@ -404,36 +409,32 @@ def load(plan: Plan, settings: Settings, library: LoraLibrary) -> KleinPipeline:
     return made
 
 
-def _read(plan: Plan, settings: Settings) -> Any:
+def _read(plan: Plan, settings: Settings, begun: dict[str, loading.Weights]) -> Any:
     """The pipeline with its weights where they are used first; raises ModelUnavailable."""
-    folder = Path(plan.source)
-    device = plan.device if plan.offload == "none" else "cpu"
-    dtype = torch.bfloat16 if plan.device == "cuda" else torch.float32
+    folder, dtype = Path(plan.source), loading.dtype_on(plan.device)
     try:
-        encoder = loading.text_encoder(folder / "text_encoder", _cut_config(folder), device, dtype)
-        vae = loading.vae(folder / "vae", device, dtype)
-        if device == "cuda" and _originals_elsewhere(plan):
-            device = "cpu"
         return Flux2KleinPipeline.from_pretrained(
             plan.source,
-            text_encoder=encoder,
-            vae=vae,
-            transformer=loading.transformer(folder / "transformer", device, dtype),
+            text_encoder=loading.text_encoder(
+                folder / "text_encoder",
+                _cut_config(folder),
+                plan.read_to,
+                dtype,
+                begun["text_encoder"],
+            ),
+            vae=loading.vae(folder / "vae", plan.read_to, dtype, begun["vae"]),
+            transformer=loading.transformer(
+                folder / "transformer", plan.transformer_to, dtype, begun["transformer"]
+            ),
             local_files_only=True,
         )
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
         raise ModelUnavailable(
             f"{settings.model_id} from {plan.found_in} could not be loaded "
             f"({type(error).__name__}): {str(error)[:300]}"
         ) from error
-
-
-def _originals_elsewhere(plan: Plan) -> bool:
-    """Whether the weights behind float8 copies must stay in main memory."""
-    both = plan.spec.transformer_bytes + plan.spec.block_parameters + WORKING_BYTES
-    return plan.acceleration.has("float8") and _free_memory() < both
 
 
 def _free_memory() -> int:
@@ -453,7 +454,7 @@ def _quiet(*, small: bool) -> None:
 def _cut_config(folder: Path) -> Any:
     """The text encoder's configuration without the layers after the last state that is read."""
     config = transformers.AutoConfig.from_pretrained(folder, subfolder="text_encoder")
-    config.num_hidden_layers = min(config.num_hidden_layers, OUT_LAYERS[-1])
+    config.num_hidden_layers = min(config.num_hidden_layers, loading.OUT_LAYERS[-1])
     if layer_types := getattr(config, "layer_types", None):
         config.layer_types = layer_types[: config.num_hidden_layers]
     return config
@@ -470,7 +471,7 @@ def _assert_klein(pipe: Any, plan: Plan) -> None:
         )
 
 
-def _prove(plan: Plan, settings: Settings, backend: Backend) -> Acceleration:
+def _proved(plan: Plan, settings: Settings, backend: Backend) -> Acceleration:
     """The acceleration, after klein's forward equalled diffusers' on this GPU.
 
     The model is one double and one single block of this width with random weights, so the kernels
@@ -495,7 +496,7 @@ def _prove(plan: Plan, settings: Settings, backend: Backend) -> Acceleration:
                 field="KLEIN_SPEED",
             ) from error
         log.warning("%s: pictures take longer", why)
-        return Acceleration(TIERS["eager"], why)
+        return eager(why)
     return chosen
 
 
@@ -535,6 +536,9 @@ def _accelerate(pipe: Any, plan: Plan, backend: Backend) -> Sampler:
         decoder.fuse(pipe.vae)
     if faster.has("float8"):
         quantise(pipe.transformer, plan.device)
+    if faster.has("graphed") and plan.device == "cuda":
+        encoder = pipe.text_encoder
+        encoder.forward = GraphedEncoder(encoder, plan.spec.max_sequence_length)
     thrift = THRIFT if faster.has("thrift") else None
     sampler = Sampler(forward, paired=faster.has("paired"), thrift=thrift)
     pipe.transformer.forward = sampler

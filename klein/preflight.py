@@ -5,7 +5,7 @@ Everything that would stop the start half an hour later stops it here, with one 
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from klein import acceleration, models, weights
@@ -30,7 +30,8 @@ ReadConfig = Callable[[str], dict[str, object]]
 class Plan:
     """What to load: `source` is a folder, or a Hub id to `download`; `why` explains the placement.
 
-    `acceleration` is what is put on it, `found_in` says in words where the weights are.
+    `acceleration` is what is put on it, `found_in` says in words where the weights are, `roomy`
+    whether float8 copies fit on the GPU beside their originals.
     """
 
     source: str
@@ -43,6 +44,17 @@ class Plan:
     found_in: str
     local: bool = False
     download: bool = False
+    roomy: bool = True
+
+    @property
+    def read_to(self) -> str:
+        """The device that weights are read to."""
+        return self.device if self.offload == "none" else "cpu"
+
+    @property
+    def transformer_to(self) -> str:
+        """The device that the transformer is read to: originals of float8 copies may not fit."""
+        return "cpu" if self.acceleration.has("float8") and not self.roomy else self.read_to
 
 
 def plan(settings: Settings, machine: Machine) -> Plan:
@@ -76,7 +88,21 @@ def plan(settings: Settings, machine: Machine) -> Plan:
         found_in=found.place if found else "the Hugging Face Hub, to be downloaded",
         local=found is not None and found.place == LOCAL,
         download=found is None,
+        roomy=device == "cpu" or _both_fit(spec, machine),
     )
+
+
+def fetched(plan: Plan, settings: Settings) -> Plan:
+    """The plan with its model on disk: downloaded, if it was not. Raises ModelUnavailable."""
+    if not plan.download:
+        return plan
+    token = settings.hf_token.value if settings.hf_token else None
+    found = weights.download(plan.source, plan.revision, token)
+    return replace(plan, source=str(found.folder), revision=found.revision, download=False)
+
+
+def _both_fit(spec: ModelSpec, machine: Machine) -> bool:
+    return spec.resident_bytes + spec.block_parameters + WORKING_BYTES < machine.gpus[0].free
 
 
 def lora_folder(settings: Settings) -> Path | None:

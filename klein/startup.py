@@ -27,14 +27,19 @@ def loader(
 ) -> Callable[[], ImagePipeline]:
     """Check that the model can be had and fits, and return what loads it.
 
-    Raises ModelUnavailable. torch is imported when the returned function is called.
+    Raises ModelUnavailable. torch is imported when the returned function is called, and diffusers,
+    which takes longer, while the weights are read.
     """
     plan = preflight.plan(settings, Machine.probe(environ))
     loras = loras or library(settings)
 
     def load() -> ImagePipeline:
+        from klein import loading
+
+        found = preflight.fetched(plan, settings)
+        begun = loading.begin(found)
         from klein import pipeline
 
-        return pipeline.load(plan, settings, loras)
+        return pipeline.load(found, settings, loras, begun)
 
     return load

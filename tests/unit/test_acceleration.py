@@ -62,6 +62,16 @@ def test_a_tier_that_cannot_be_is_refused_with_the_best_that_can(
     assert caught.value.field == "KLEIN_SPEED"
 
 
+def test_what_is_optional_is_left_out_where_it_cannot_be() -> None:
+    """Model offload costs exact its graph and nothing else."""
+    whole = acceleration.choose("exact", "cuda", HOPPER, NOTHING)
+    offloaded = acceleration.choose("exact", "cuda", HOPPER, frozenset({"model"}))
+    assert offloaded.tier is whole.tier
+    assert set(whole.options) - set(offloaded.options) == {"graphed"}
+    assert not acceleration.excludes(TIERS["exact"], "model")
+    assert acceleration.excludes(TIERS["fast"], "model")
+
+
 def test_klein_s_own_choice_gives_way_and_says_why() -> None:
     """Nobody asked for exact, so eager serves, with a sentence for /capabilities."""
     chosen = acceleration.choose("auto", "cuda", (7, 5), NOTHING)
