@@ -144,7 +144,7 @@ def served(stock: Any, model: Any, spec: ModelSpec, device: str, tier: str, lora
     )
     pipe.set_progress_bar_config(disable=True)
     capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
-    backend = attention.choose("auto", device, capability)
+    backend = attention.choose("auto", device, capability, fused=tier != "eager")
     sampler = pipeline._accelerate(pipe, plan, backend)
     library = LoraLibrary(loras, None)
     return pipeline.KleinPipeline(pipe, plan, Settings(), library, sampler, backend.label)

@@ -56,14 +56,20 @@ class _Tally:
 class LoraMerger:
     """The LoRAs on one transformer. Not thread-safe: one job at a time."""
 
-    def __init__(self, transformer: torch.nn.Module, spec: ModelSpec) -> None:
+    def __init__(
+        self,
+        transformer: torch.nn.Module,
+        spec: ModelSpec,
+        originals: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """`originals` are the weights as loaded, by parameter name, where somebody keeps them."""
         self._spec = spec
         self._linears = {
             name: module
             for name, module in transformer.named_modules()
             if isinstance(module, torch.nn.Linear)
         }
-        self._pristine: dict[str, Tensor] = {}
+        self._pristine = {name: originals[f"{name}.weight"] for name in self._linears if originals}
         self._norms: dict[str, Tensor] = {}
         self._factors: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._changed: set[str] = set()
@@ -168,10 +174,20 @@ class LoraMerger:
         if name not in self._norms:
             norm = torch.linalg.vector_norm(weight, dtype=torch.float32).clamp_min(1e-12)
             self._norms[name] = norm
-            if not is_quantised(layer):
-                copy = weight.detach().clone()
-                self._pristine[name] = copy if self._room_for_copies(weight) else copy.cpu()
-        return self._pristine[name].to(weight.device) if name in self._pristine else weight
+        if is_quantised(layer):
+            return weight
+        if name not in self._pristine:
+            copy = weight.detach().clone()
+            self._pristine[name] = copy if self._room_for_copies(weight) else copy.cpu()
+        return self._pristine[name].to(weight.device, non_blocking=True)
+
+    def forget(self) -> None:
+        """The transformer's weights are those loaded again: somebody put them back."""
+        self._active, self._changed = (), set()
+
+    def spare_bytes(self) -> int:
+        """GPU memory that `release` would give back."""
+        return self._held() + sum(w.nbytes for w in self._pristine.values() if w.is_cuda)
 
     def release(self) -> None:
         """Give back the GPU memory that only makes switching quicker."""
@@ -198,6 +214,7 @@ class LoraMerger:
         return self._factors[file.sha256]
 
     def _held(self) -> int:
+        """Bytes of factors on the GPU, or where there is none in main memory."""
         return sum(t.nbytes for tensors in self._factors.values() for t in tensors.values())
 
 

@@ -49,9 +49,12 @@ BACKENDS = {
 }
 
 
-def choose(wanted: str, device: str, capability: Capability) -> Backend:
-    """The backend for a setting. `auto` takes cuDNN from Hopper on, flash-attn before it where it
-    is installed, else torch's own; one that is named and cannot run raises ModelUnavailable."""
+def choose(wanted: str, device: str, capability: Capability, *, fused: bool) -> Backend:
+    """The backend for a setting; one that is named and cannot run raises ModelUnavailable.
+
+    `auto` takes cuDNN from Hopper on, flash-attn before it where it is installed, else torch's own.
+    Where the forward is left to diffusers (not `fused`) torch's own is the best way to cuDNN.
+    """
     if wanted != "auto":
         try:
             _try(BACKENDS[wanted], device)
@@ -62,8 +65,7 @@ def choose(wanted: str, device: str, capability: Capability) -> Backend:
                 field="KLEIN_ATTENTION",
             ) from error
         return BACKENDS[wanted]
-    order = [] if device == "cpu" else ["cudnn"] if capability >= (9, 0) else ["flash"]
-    for name in order:
+    for name in _order(capability, fused) if device == "cuda" else ():
         try:
             _try(BACKENDS[name], device)
         except ModuleNotFoundError:
@@ -73,6 +75,12 @@ def choose(wanted: str, device: str, capability: Capability) -> Backend:
             continue
         return BACKENDS[name]
     return BACKENDS["native"]
+
+
+def _order(capability: Capability, fused: bool) -> tuple[str, ...]:
+    if capability >= (9, 0):
+        return ("cudnn",) if fused else ()
+    return ("flash",)
 
 
 def _try(backend: Backend, device: str) -> None:

@@ -11,8 +11,10 @@ of JSON, the tensors.
 
 import copy
 import json
+import logging
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
@@ -26,7 +28,10 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from klein.models import GB
 from klein.preflight import Plan
+
+log = logging.getLogger("bentoml.klein")
 
 OUT_LAYERS = (9, 18, 27)
 """Hidden states of the text encoder that FLUX.2-klein reads; what comes after them is not."""
@@ -63,6 +68,19 @@ Weights = Future[dict[str, Tensor]]
 """A part's tensors by name, once they are read."""
 
 
+def _read_aloud(
+    folder: Path, device: Device, dtype: torch.dtype, wanted: Wanted
+) -> dict[str, Tensor]:
+    """As `read`, and the log hears of it."""
+    started = time.perf_counter()
+    tensors = read(folder, device, dtype, wanted)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    if size > GB:
+        seconds = time.perf_counter() - started
+        log.info("%s: %.1f GB read in %.1f s", folder.name, size / GB, seconds)
+    return tensors
+
+
 def _everything(_: str) -> bool:
     return True
 
@@ -86,7 +104,7 @@ def begin(plan: Plan) -> dict[str, Weights]:
         ("transformer", plan.transformer_to, _everything),
     )
     begun = {
-        name: one.submit(read, folder / name, _exact(where), dtype, wanted)
+        name: one.submit(_read_aloud, folder / name, _exact(where), dtype, wanted)
         for name, where, wanted in parts
     }
     one.shutdown(wait=False)

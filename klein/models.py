@@ -44,6 +44,31 @@ class ModelSpec:
         return self.hidden**2 * (26 * self.double_blocks + 13 * self.single_blocks)
 
 
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """GPU memory a picture takes beside the weights: `base` and `per_megapixel` (1024²), bytes."""
+
+    base: float
+    per_megapixel: float
+
+    def of(self, width: int, height: int) -> int:
+        """Bytes for a picture of that size in pixels."""
+        return int(self.base + self.per_megapixel * width * height / 1024**2)
+
+
+SPARING = "sparing"
+PEAKS: dict[str, Peak] = {
+    "eager": Peak(0.1 * GB, 2.6 * GB),
+    "exact": Peak(0.3 * GB, 1.8 * GB),
+    "fast": Peak(0.3 * GB, 1.6 * GB),
+    "turbo": Peak(0.3 * GB, 1.6 * GB),
+    SPARING: Peak(0.3 * GB, 0.9 * GB),
+}
+"""By tier, and of a second try after memory ran out: measured with klein-base-9B on an H200 from
+512×512 to 2048×2048 (SPEED.md), rounded up. Smaller models take a little less."""
+CONTEXT_BYTES = 1 * GB
+"""What CUDA and its libraries take for themselves."""
+
 NON_COMMERCIAL = "FLUX Non-Commercial License"
 APACHE = "Apache-2.0"
 

@@ -32,11 +32,12 @@ from klein.core import (
     Progress,
 )
 from klein.encoder import GraphedEncoder
-from klein.errors import InternalError, LoraError, ModelUnavailable, OutOfMemory
+from klein.errors import InternalError, InvalidRequest, LoraError, ModelUnavailable, OutOfMemory
 from klein.lora.file import LoraFile
 from klein.lora.library import LoraLibrary
 from klein.lora.reference import shown
-from klein.models import GB
+from klein.models import GB, PEAKS, SPARING
+from klein.offload import Shuttle, pin
 from klein.preflight import Plan
 from klein.request import GenerateRequest
 from klein.resolve import resolve, settle_loras
@@ -47,10 +48,8 @@ from klein.transformer import FusedForward, quantise
 log = logging.getLogger("bentoml.klein")
 
 EMBEDS_KEPT = 16
-DECODE_BYTES_PER_PIXEL = 3 * GB / 1024**2
-"""Working memory of an untiled decode: an estimate."""
 TILE = 512
-"""Side in pixels of a tile, where a picture is decoded in tiles."""
+"""Side in pixels of a tile at most, where a picture is decoded in tiles."""
 
 
 class KleinPipeline:
@@ -64,12 +63,15 @@ class KleinPipeline:
         library: LoraLibrary,
         sampler: Sampler,
         attention: str,
+        shuttle: Shuttle | None = None,
     ) -> None:
         self._pipe = pipe
         self._plan = plan
         self._settings = settings
         self._library = library
-        self._merger = LoraMerger(pipe.transformer, plan.spec)
+        self._shuttle = shuttle
+        originals = shuttle.originals(pipe.transformer) if shuttle else None
+        self._merger = LoraMerger(pipe.transformer, plan.spec, originals)
         self._scheduler = pipe.scheduler
         self._sampler = sampler
         self._embeds: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
@@ -148,18 +150,20 @@ class KleinPipeline:
         self._sampler.forwards = 0
         try:
             job.check()
+            self._admit(params)
             with torch.inference_mode():
-                reports = self._put_loras(job, warnings)
-                clock.lap("lora")
                 embeds = self._encode(params, warnings)
                 clock.lap("text")
+                if self._shuttle and self._shuttle.bring(self._pipe.transformer):
+                    self._merger.forget()
+                reports = self._put_loras(job, warnings)
+                clock.lap("lora")
                 self._choose_tiling(params, warnings)
                 images = tuple(self._draw(job, embeds, i, clock) for i in range(params.num_images))
         finally:
             used = self._pipe.scheduler
             self._pipe.scheduler = self._scheduler
             self._sampler.begin(0, None)
-            self._pipe.maybe_free_model_hooks()
         mu, sigmas = self._check_schedule(params, used)
         return GenerationResult(
             id=job.id,
@@ -179,6 +183,20 @@ class KleinPipeline:
         request = GenerateRequest(prompt="a portrait", num_inference_steps=2, seed=0)
         params = resolve(request, self._plan.spec, lambda: 0).params
         self.generate(Job(params, deadline=math.inf))
+
+    def _admit(self, params: GenerationParams) -> None:
+        """Refuse a picture that GPU memory cannot hold, whatever else is given up for it."""
+        if self._plan.device != "cuda":
+            return
+        need = PEAKS[SPARING].of(params.width, params.height)
+        have = _free_memory() + self._merger.spare_bytes()
+        if need > have:
+            raise InvalidRequest(
+                f"width: {params.width}×{params.height} needs about {need / GB:.1f} GB of GPU "
+                f"memory beside the weights and {have / GB:.1f} GB are free: ask for a smaller "
+                "picture",
+                field="width",
+            )
 
     def prepare(self, job: Job) -> None:
         """Find and fetch the job's LoRAs, and settle what only their files know."""
@@ -247,6 +265,8 @@ class KleinPipeline:
     def _embed(self, text: str, length: int) -> Tensor:
         key = (text, length)
         if key not in self._embeds:
+            if self._shuttle:
+                self._shuttle.bring(self._pipe.text_encoder)
             self._embeds[key] = self._pipe.encode_prompt(text, max_sequence_length=length)[0]
             if len(self._embeds) > EMBEDS_KEPT:
                 self._embeds.popitem(last=False)
@@ -333,7 +353,7 @@ class KleinPipeline:
         return mu, ran
 
     def _choose_tiling(self, params: GenerationParams, warnings: list[str]) -> None:
-        need = params.width * params.height * DECODE_BYTES_PER_PIXEL
+        need = PEAKS[self.info.speed].of(params.width, params.height)
         tiled = self._settings.vae_tiling == "on" or self._frugal
         if self._settings.vae_tiling == "auto" and self._plan.device == "cuda":
             tiled = tiled or _free_memory() < need
@@ -378,20 +398,22 @@ def load(
     plan = preflight.fetched(plan, settings)
     begun = begun or loading.begin(plan)
     log.info("reading the weights from %s: %s", plan.found_in, plan.source)
-    _quiet(small=not plan.spec.needs_gpu)
+    _quiet()
     capability = torch.cuda.get_device_capability() if plan.device == "cuda" else (0, 0)
-    backend = attention.choose(settings.attention, plan.device, capability)
+    fused = plan.acceleration.has("fused")
+    backend = attention.choose(settings.attention, plan.device, capability, fused=fused)
     plan = replace(plan, acceleration=_proved(plan, settings, backend))
     proved = time.perf_counter()
     pipe = _read(plan, settings, begun)
     _assert_klein(pipe, plan)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.use_slicing = settings.vae_slicing
-    pipe.vae.tile_sample_min_size = TILE
-    pipe.vae.tile_latent_min_size = TILE // pipe.vae_scale_factor
+    tile = min(TILE, pipe.vae.config.sample_size)
+    pipe.vae.tile_sample_min_size = tile
+    pipe.vae.tile_latent_min_size = tile // pipe.vae_scale_factor
     sampler = _accelerate(pipe, plan, backend)
-    _place(pipe, plan)
-    made = KleinPipeline(pipe, plan, settings, library, sampler, backend.label)
+    shuttle = _place(pipe, plan)
+    made = KleinPipeline(pipe, plan, settings, library, sampler, backend.label, shuttle)
     read = time.perf_counter()
     if plan.device == "cuda" and plan.offload == "none":
         made.warm_up()
@@ -443,12 +465,11 @@ def _free_memory() -> int:
     return int(torch.cuda.mem_get_info()[0]) + held
 
 
-def _quiet(*, small: bool) -> None:
-    """No report on the layers that are left out on purpose; no bars for a model read in a blink."""
+def _quiet() -> None:
+    """No report on layers that are left out on purpose, and no bars: klein reads the weights."""
     transformers.utils.logging.set_verbosity_error()
-    if small:
-        transformers.utils.logging.disable_progress_bar()
-        diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
 
 
 def _cut_config(folder: Path) -> Any:
@@ -506,7 +527,9 @@ def _difference(plan: Plan, backend: Backend) -> float:
     config = dict(Flux2Transformer2DModel.load_config(Path(plan.source) / "transformer"))
     config |= {"num_layers": 1, "num_single_layers": 1}
     with torch.device(plan.device):
-        model = Flux2Transformer2DModel.from_config(config).to(torch.bfloat16).eval()
+        model = Flux2Transformer2DModel.from_config(config).eval()
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
         ids = [torch.zeros(1, count, 4) for count in (48, 40)]
         for each in ids:
             each[..., 1:3] = torch.randint(0, 64, each[..., 1:3].shape)
@@ -545,14 +568,17 @@ def _accelerate(pipe: Any, plan: Plan, backend: Backend) -> Sampler:
     return sampler
 
 
-def _place(pipe: Any, plan: Plan) -> None:
-    match plan.offload:
-        case "model":
-            pipe.enable_model_cpu_offload()
-        case "sequential":
-            pipe.enable_sequential_cpu_offload()
-        case _:
-            pass  # they were read to where they are used
+def _place(pipe: Any, plan: Plan) -> Shuttle | None:
+    """Spread the weights as planned; those that stay where they were read need nothing."""
+    if plan.offload == "sequential":
+        pipe.enable_sequential_cpu_offload()
+    if plan.offload != "model":
+        return None
+    pipe.vae.to(plan.device)
+    shuttle = Shuttle(plan.device, pipe.text_encoder, pipe.transformer)
+    pin(shuttle.originals(pipe.text_encoder).values())
+    pin(shuttle.originals(pipe.transformer).values())
+    return shuttle
 
 
 def _as_picture(image: Tensor) -> Image.Image:

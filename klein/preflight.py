@@ -18,9 +18,8 @@ from klein.weights import Found
 
 NANO_FOLDER = Path(__file__).parent / "nano"
 LOCAL = "a local folder"
-WORKING_BYTES = 4 * GB
-"""What a 1024×1024 picture needs beside the weights: an estimate, on the generous side."""
 SEQUENTIAL_BYTES = 6 * GB
+"""With sequential offload: the largest layer and a picture."""
 
 ReadConfig = Callable[[str], dict[str, object]]
 """File name in the model's repository or folder → its JSON."""
@@ -102,7 +101,13 @@ def fetched(plan: Plan, settings: Settings) -> Plan:
 
 
 def _both_fit(spec: ModelSpec, machine: Machine) -> bool:
-    return spec.resident_bytes + spec.block_parameters + WORKING_BYTES < machine.gpus[0].free
+    both = spec.resident_bytes + spec.block_parameters
+    return both + working_bytes(spec, "fast") < machine.gpus[0].free
+
+
+def working_bytes(spec: ModelSpec, tier: str) -> int:
+    """GPU memory beside the weights for pictures of the model's native size."""
+    return models.CONTEXT_BYTES + models.PEAKS[tier].of(spec.native_size, spec.native_size)
 
 
 def lora_folder(settings: Settings) -> Path | None:
@@ -236,13 +241,14 @@ def place(
         return "none", "on the CPU"
     tier = acceleration.wanted(settings.speed, device)
     free = machine.gpus[0].free
+    working = working_bytes(spec, tier.name)
     resident = spec.resident_bytes
     if "float8" in tier.options:
         resident -= spec.block_parameters
     needs: dict[Offload, int] = {
-        "none": resident + WORKING_BYTES,
-        "model": max(spec.transformer_bytes, spec.text_encoder_bytes) + WORKING_BYTES,
-        "sequential": min(SEQUENTIAL_BYTES, spec.resident_bytes + WORKING_BYTES),
+        "none": resident + working,
+        "model": max(spec.transformer_bytes, spec.text_encoder_bytes) + spec.vae_bytes + working,
+        "sequential": min(SEQUENTIAL_BYTES, resident + working),
     }
     allowed = [x for x in needs if settings.offload in ("auto", x)]
     if settings.speed != "auto" and settings.offload == "auto":

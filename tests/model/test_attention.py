@@ -21,7 +21,7 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_without_a_gpu_it_is_torchs() -> None:
     """Whatever else is installed."""
-    assert attention.choose("auto", "cpu", (0, 0)).label == "torch's own attention"
+    assert attention.choose("auto", "cpu", (0, 0), fused=True).label == "torch's own attention"
 
 
 def test_before_hopper_flash_attn_is_taken_if_it_runs(
@@ -31,22 +31,23 @@ def test_before_hopper_flash_attn_is_taken_if_it_runs(
     tried = []
     real = attention._try
     monkeypatch.setattr(attention, "_try", lambda one, _: tried.append(one) or real(one, "cpu"))
-    assert attention.choose("auto", "cuda", (8, 6)).label == "flash-attn"
+    assert attention.choose("auto", "cuda", (8, 6), fused=True).label == "flash-attn"
     flash_attn.flash_attn_func = lambda q, k, v: q * 0
-    assert attention.choose("auto", "cuda", (8, 6)).label == "torch's own attention"
+    assert attention.choose("auto", "cuda", (8, 6), fused=True).label == "torch's own attention"
     monkeypatch.delitem(sys.modules, "flash_attn")
-    assert attention.choose("auto", "cuda", (8, 6)).label == "torch's own attention"
+    assert attention.choose("auto", "cuda", (8, 6), fused=True).label == "torch's own attention"
     assert len(tried) == 3
 
 
 def test_hopper_takes_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured the fastest there; flash-attn is not even tried."""
     monkeypatch.setattr(attention, "_try", lambda *_: None)
-    assert attention.choose("auto", "cuda", (9, 0)).label == "cuDNN"
+    assert attention.choose("auto", "cuda", (9, 0), fused=True).label == "cuDNN"
+    assert attention.choose("auto", "cuda", (9, 0), fused=False).label == "torch's own attention"
 
 
 @pytest.mark.parametrize("name", ["flash", "cudnn"])
 def test_one_that_is_named_and_cannot_run_stops_the_start(name: str) -> None:
     """With the setting and the way out."""
     with pytest.raises(ModelUnavailable, match=f"KLEIN_ATTENTION={name} .*KLEIN_ATTENTION=auto"):
-        attention.choose(name, "cpu", (0, 0))
+        attention.choose(name, "cpu", (0, 0), fused=True)

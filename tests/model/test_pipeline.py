@@ -132,20 +132,33 @@ def test_cancel_and_deadline_act_within_a_step(tiny_pipe: KleinPipeline, draw: D
     assert _same(before, draw())
 
 
-def test_out_of_memory_is_said_and_forgotten(
+def test_out_of_memory_is_tried_once_more_with_less(
     tiny_pipe: KleinPipeline, draw: Draw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With ways out; the next job runs."""
-    before = draw()
+    """Once more in tiles, and the result says so; a second time it is an error, and forgotten."""
+    before, decode = draw(), tiny_pipe._pipe.vae.decode
+    tiled: list[bool] = []
 
-    def burst(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def burst(*args: Any, **kwargs: Any) -> Any:
+        tiled.append(tiny_pipe._pipe.vae.use_tiling)
+        if len(tiled) <= bursts:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(tiny_pipe._pipe.vae, "decode", burst)
-        with pytest.raises(OutOfMemory, match="KLEIN_VAE_TILING"):
+        bursts = 1
+        again = draw()
+        assert again.images[0].image.tobytes() == before.images[0].image.tobytes()
+        assert any("GPU memory ran out: drawn again" in warning for warning in again.warnings)
+        assert tiled == [False, True]
+        tiled.clear()
+        bursts = 2
+        with pytest.raises(OutOfMemory, match=r"64×64 did not fit .* twice: ask"):
             draw()
-    assert _same(before, draw())
+    after = draw()
+    assert _same(before, after)
+    assert not after.warnings
 
 
 def test_tiling_is_told(tiny_folder: Path) -> None:

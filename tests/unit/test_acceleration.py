@@ -1,5 +1,7 @@
 """The table of speed options: its order, its conflicts, and what a setting gets."""
 
+from itertools import pairwise
+
 import pytest
 
 from klein import acceleration
@@ -31,7 +33,7 @@ def test_the_table_names_only_what_there_is() -> None:
 def test_each_tier_adds_to_the_one_before() -> None:
     """A faster tier never leaves out what a slower one has, and exactness is lost once."""
     tiers = list(TIERS.values())
-    for slower, faster in zip(tiers, tiers[1:], strict=False):
+    for slower, faster in pairwise(tiers):
         assert set(slower.options) < set(faster.options)
         assert slower.exact or not faster.exact
     assert [tier.exact for tier in tiers] == [True, True, False, False]

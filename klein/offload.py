@@ -1,0 +1,62 @@
+"""Model offload: of the text encoder and the transformer, only the one at work is on the GPU.
+
+Their weights stay in page-locked main memory and are copied from there. Nothing is copied back:
+whatever LoRAs did to a copy is gone with it, and the originals are as they were loaded.
+"""
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("bentoml.klein")
+
+SMALL = 1024**2
+"""Bytes; to page-lock less is not worth a call."""
+
+
+def pin(tensors: Iterable[Tensor]) -> None:
+    """Page-lock `tensors` where they are, so that a GPU copies them at the bus's full rate."""
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    refused = sum(
+        int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) != 0
+        for tensor in tensors
+        if tensor.nbytes >= SMALL and not tensor.is_pinned()
+    )
+    if refused:
+        log.warning("%d weights could not be page-locked: moving them takes longer", refused)
+
+
+class Shuttle:
+    """Brings one of `modules`, which lie in main memory, to `device` at a time."""
+
+    def __init__(self, device: str, *modules: Any) -> None:
+        self._device = device
+        self._originals = {id(module): _tensors(module) for module in modules}
+        self._here: Any = None
+
+    def originals(self, module: Any) -> dict[str, Tensor]:
+        """The module's tensors in main memory, by name."""
+        return {name: original for name, (_, original) in self._originals[id(module)].items()}
+
+    def bring(self, module: Any) -> bool:
+        """Let `module` work on the device, in place of the other; whether its weights are fresh."""
+        if self._here is module:
+            return False
+        self._here = None
+        for tensors in self._originals.values():
+            for holder, original in tensors.values():
+                holder.data = original
+        with torch.inference_mode(False):
+            for holder, original in self._originals[id(module)].values():
+                holder.data = original.to(self._device, non_blocking=True, copy=True)
+        self._here = module
+        return True
+
+
+def _tensors(module: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Parameters and buffers by name: what holds each, and what it holds."""
+    named = (*module.named_parameters(), *module.named_buffers())
+    return {name: (holder, holder.data) for name, holder in named}

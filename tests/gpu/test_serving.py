@@ -1,0 +1,138 @@
+"""The real pipeline on a real GPU, with the built-in model: every tier and every placement.
+
+python -m pytest tests/gpu      # on a machine with a GPU
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("no GPU here", allow_module_level=True)
+
+from klein import kernels, pipeline, preflight
+from klein.core import GenerationResult
+from klein.errors import InvalidRequest, OutOfMemory
+from klein.lora.library import LoraLibrary
+from klein.machine import Machine
+from klein.pipeline import KleinPipeline
+from klein.settings import Settings
+from tests.model.conftest import drawer, load
+
+LORAS = Path("klein/nano/loras")
+ZIBBO = {"path": "zibbo.safetensors", "scale": 1.0}
+REQUEST: dict[str, Any] = {"prompt": "a woman with a green hat", "num_inference_steps": 12}
+
+
+@pytest.fixture(scope="module")
+def on_cpu() -> GenerationResult:
+    """The picture that all others are held to: eager, in float32."""
+    return drawer(load("nano", LORAS, KLEIN_DEVICE="cpu"))(**REQUEST)
+
+
+@pytest.fixture(autouse=True)
+def _empty() -> Iterator[None]:
+    yield
+    torch.cuda.empty_cache()
+
+
+def _gap(a: GenerationResult, b: GenerationResult) -> float:
+    levels = [np.asarray(each.images[0].image, dtype=np.int16) for each in (a, b)]
+    return float(np.abs(levels[0] - levels[1]).mean())
+
+
+def _on_gpu(tmp: Path, **settings: str) -> KleinPipeline:
+    return load("nano", LORAS, KLEIN_KERNEL_CACHE=str(tmp), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [
+        ({"KLEIN_SPEED": "eager"}, 3),
+        ({"KLEIN_SPEED": "exact"}, 3),
+        ({"KLEIN_SPEED": "exact", "KLEIN_ATTENTION": "native"}, 3),
+        ({"KLEIN_SPEED": "fast"}, 12),
+        ({"KLEIN_SPEED": "turbo"}, 12),
+        ({"KLEIN_OFFLOAD": "model"}, 3),
+        ({"KLEIN_OFFLOAD": "sequential"}, 3),
+        ({"KLEIN_VAE_TILING": "on"}, 3),
+    ],
+    ids=str,
+)
+def test_pictures_are_those_of_the_cpu(
+    settings: dict[str, str], most: float, on_cpu: GenerationResult, tmp_path: Path
+) -> None:
+    """But for bfloat16 and what the tier says; with LoRAs on and off again, bit for bit."""
+    pipe = _on_gpu(tmp_path, **settings)
+    draw = drawer(pipe)
+    before = draw(**REQUEST)
+    print(settings, f"{_gap(before, on_cpu):.2f} of 255", pipe.info.speed, pipe.info.attention)
+    assert _gap(before, on_cpu) < most
+    changed = draw(**REQUEST, loras=[ZIBBO])
+    assert changed.loras[0].applied
+    assert _gap(before, changed) > 1
+    assert _gap(before, draw(**REQUEST)) == 0
+    if "KLEIN_SPEED" in settings:
+        assert pipe.info.speed == settings["KLEIN_SPEED"]
+
+
+def test_nothing_compiles_after_the_start(tmp_path: Path) -> None:
+    """Not for a size, a prompt length, a LoRA, a scale, a batch or a schedule."""
+    pipe = _on_gpu(tmp_path, KLEIN_SPEED="turbo")
+    count, draw = kernels.Compilations.count, drawer(pipe)
+    assert count > 0
+    for values in (
+        {"width": 256, "height": 256},
+        {"width": 320, "height": 208},
+        {"width": 128, "height": 512, "num_images": 2},
+        {"guidance_scale": 1},
+        {"max_sequence_length": 77},
+        {"loras": [ZIBBO]},
+        {"loras": [{**ZIBBO, "scale": 0.3}]},
+        {"schedule": "linear"},
+    ):
+        draw(**{**REQUEST, **values})
+    assert kernels.Compilations.count == count == pipe.facts()["kernels_compiled"]
+
+
+def test_float8_beside_originals_in_main_memory(tmp_path: Path) -> None:
+    """The same bits as with both on the GPU, LoRAs included."""
+    chosen = Settings.from_env(
+        {"MODEL_ID": "nano", "KLEIN_SPEED": "fast", "KLEIN_KERNEL_CACHE": str(tmp_path)}
+    )
+    plan = preflight.plan(chosen, Machine.probe({}))
+    tight = pipeline.load(replace(plan, roomy=False), chosen, LoraLibrary(LORAS, None))
+    roomy = pipeline.load(plan, chosen, LoraLibrary(LORAS, None))
+    linear = tight._pipe.transformer.transformer_blocks[0].attn.to_q
+    assert (linear.weight.device.type, linear.float8.device.type) == ("cpu", "cuda")
+    for values in ({}, {"loras": [ZIBBO]}, {}):
+        assert _gap(drawer(tight)(**REQUEST, **values), drawer(roomy)(**REQUEST, **values)) == 0
+
+
+def test_running_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot fit is refused before it is tried; what did not fit is tried once more."""
+    pipe = _on_gpu(tmp_path, KLEIN_SPEED="exact")
+    big = {**REQUEST, "width": 2048, "height": 2048, "num_inference_steps": 1}
+    draw = drawer(pipe)
+    draw(**big)
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    held = torch.empty(free - 1_500_000_000, dtype=torch.uint8, device="cuda")
+    with pytest.raises(InvalidRequest, match=r"2048×2048 needs about 3\.9 GB"):
+        draw(**big)
+    monkeypatch.setattr(pipe, "_admit", lambda _: None)
+    with pytest.raises(OutOfMemory, match="twice"):
+        draw(**big)
+    del held
+    torch.cuda.empty_cache()
+    held = torch.empty(free - 3_500_000_000, dtype=torch.uint8, device="cuda")
+    again = draw(**big)
+    assert any("GPU memory ran out" in warning for warning in again.warnings)
+    del held
+    torch.cuda.empty_cache()
+    assert not draw(**REQUEST).warnings
