@@ -32,6 +32,11 @@ from klein.settings import Settings
 log = logging.getLogger("bentoml.klein")
 
 WEB = web.create_app()
+KERNELS = bentoml.metrics.Gauge(
+    "klein_kernels_compiled",
+    "GPU kernels made ready since the start; it grows while klein warms up and not after",
+    multiprocess_mode="livemax",
+)
 HEADER_LIMIT = 4000
 """Characters; proxies refuse responses with long headers."""
 LEAVE_SECONDS = 30.0
@@ -109,6 +114,7 @@ class Klein:
     def _load_and_greet(self) -> ImagePipeline:
         log.info("loading %s", SETTINGS.model_id)
         pipeline = self.load(self.loras)
+        KERNELS.set(pipeline.facts().get("kernels_compiled", 0))
         url = f"http://localhost:{os.environ.get('BENTOML_PORT') or os.environ.get('PORT', 3000)}"
         log.info("%s is ready at %s; try:\n\n%s\n", SETTINGS.model_id, url, _example(url))
         return pipeline
@@ -178,9 +184,11 @@ class Klein:
 
         watcher = asyncio.create_task(watch())
         try:
-            return await self.engine.run(job)
+            result = await self.engine.run(job)
         finally:
             watcher.cancel()
+        KERNELS.set(self.engine.pipeline.facts().get("kernels_compiled", 0))
+        return result
 
     def _as_json(self, result: GenerationResult) -> Response:
         headers = _headers(result)
@@ -209,6 +217,7 @@ def _headers(result: GenerationResult) -> dict[str, str]:
     values = {
         "x-klein-request-id": result.id,
         "x-klein-seed": str(result.params.seed),
+        "x-klein-speed": result.model.speed,
         "x-klein-timings": json.dumps(result.timings),
         "x-klein-warnings": json.dumps(list(result.warnings)),
         "x-klein-loras": json.dumps([asdict(report) for report in result.loras]),

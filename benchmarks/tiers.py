@@ -28,12 +28,13 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.lora_switching import NAMES, lora, transformer
-from klein import attention, pipeline
+from klein import assembly, attention
 from klein.acceleration import TIERS, Acceleration
 from klein.core import Job
 from klein.lora.library import LoraLibrary
 from klein.lora.reference import LoraSpec
 from klein.models import GB, MODELS, ModelSpec
+from klein.pipeline import KleinPipeline
 from klein.preflight import NANO_FOLDER, Plan
 from klein.request import GenerateRequest
 from klein.resolve import resolve
@@ -145,9 +146,9 @@ def served(stock: Any, model: Any, spec: ModelSpec, device: str, tier: str, lora
     pipe.set_progress_bar_config(disable=True)
     capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
     backend = attention.choose("auto", device, capability, fused=tier != "eager")
-    sampler = pipeline._accelerate(pipe, plan, backend)
+    sampler = assembly.accelerate(pipe, plan, backend)
     library = LoraLibrary(loras, None)
-    return pipeline.KleinPipeline(pipe, plan, Settings(), library, sampler, backend.label)
+    return KleinPipeline(pipe, plan, Settings(), library, sampler, backend.label)
 
 
 # -- ways ------------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def served(stock: Any, model: Any, spec: ModelSpec, device: str, tier: str, lora
 
 def params_of(spec: ModelSpec, number: int, width: int, height: int, steps: int) -> Any:
     request = GenerateRequest(
-        prompt=f"a portrait of a person, picture number {number}",
+        prompt=f"a portrait of a person, picture number {number} of {width} by {height}",
         width=width,
         height=height,
         num_inference_steps=steps,

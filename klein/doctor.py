@@ -40,7 +40,7 @@ def _software(machine: Machine) -> list[str]:
     lines = ["Software", f"  python    {sys.version.split()[0]}"]
     for name in ("torch", "diffusers", "transformers", "bentoml", "runpod"):
         lines.append(f"  {name:<9} {_version(name) or 'missing: pip install -r requirements.txt'}")
-    flash = _version("flash-attn") or "not installed; torch's own attention is used"
+    flash = _version("flash-attn") or "not installed; only GPUs before Hopper gain from it"
     lines.append(f"  flash-attn {flash}")
     if machine.gpus and "+cpu" in (_version("torch") or ""):
         lines.append("  ! this torch cannot use the GPU: install a CUDA build of the same version")
@@ -75,4 +75,7 @@ def _verdict(settings: Settings, machine: Machine) -> list[str]:
         plan = preflight.plan(settings, machine)
     except KleinError as error:
         return [f"MODEL_ID={settings.model_id} cannot start: {error}"]
-    return [f"MODEL_ID={settings.model_id} can start: {plan.spec.name}, {plan.why}"]
+    speed = f"{plan.acceleration.tier.name} tier"
+    if plan.acceleration.why:
+        speed += f" ({plan.acceleration.why})"
+    return [f"MODEL_ID={settings.model_id} can start: {plan.spec.name}, {plan.why}; {speed}"]

@@ -5,7 +5,7 @@ KleinError
 │   └── LoraError       a LoRA that cannot be found, read or applied
 ├── BadSetting          an environment variable with a value that cannot work
 ├── ModelUnavailable    the model cannot be found, fetched or fitted into this machine
-├── NotReady            the model is still loading
+├── NotReady            the model is still loading, or the worker is being replaced
 ├── QueueFull           more jobs than the queue holds
 ├── DeadlineExceeded    the job ran out of time
 ├── Cancelled           the caller gave the job up

@@ -35,8 +35,8 @@ log = logging.getLogger("bentoml.klein")
 
 OUT_LAYERS = (9, 18, 27)
 """Hidden states of the text encoder that FLUX.2-klein reads; what comes after them is not."""
-THREADS = 8
-"""Reads in flight: what a disk or a network volume needs to give all it has."""
+THREADS = 3
+"""Reads in flight. 8 read no faster, and starve what else is read from the same disk (SPEED.md)."""
 CHUNK_BYTES = 32 * 1024**2
 BUFFERS = THREADS + 4
 """Page-locked chunks: one a thread, and some on their way to the device."""

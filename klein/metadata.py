@@ -47,6 +47,7 @@ def to_text(result: GenerationResult, image: GeneratedImage) -> str:
         "Seed": image.seed,
         "Size": f"{params.width}x{params.height}",
         "Model": result.model.spec.name,
+        "Speed": result.model.speed,
         "Lora hashes": _quote(", ".join(f"{x.path}: {(x.sha256 or '')[:12]}" for x in applied)),
         "Version": f"klein {__version__}",
         "klein": _quote(json.dumps(own, ensure_ascii=False, separators=(",", ":"))),

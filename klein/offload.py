@@ -55,6 +55,15 @@ class Shuttle:
         self._here = module
         return True
 
+    def room_for(self, module: Any) -> int:
+        """Bytes on the device that `bring` will take; less than none if the other is larger."""
+        return self._size(module) - self._size(self._here)
+
+    def _size(self, module: Any) -> int:
+        if module is None:
+            return 0
+        return sum(original.nbytes for original in self.originals(module).values())
+
 
 def _tensors(module: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """Parameters and buffers by name: what holds each, and what it holds."""

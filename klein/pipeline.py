@@ -1,4 +1,4 @@
-"""The real pipeline: loads FLUX.2-klein as planned, places and accelerates it, samples, decodes."""
+"""The real pipeline: encodes, puts LoRAs on, samples and decodes, one job at a time."""
 
 import logging
 import math
@@ -6,21 +6,18 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from PIL import Image
 from torch import Tensor
 
-from klein import __version__, attention, decoder, loading, preflight, schedule, sizes
-from klein.acceleration import THRIFT, Acceleration, eager
+from klein import __version__, schedule, sizes
 from klein.adapters import LoraMerger, Wanted
-from klein.attention import Backend
 from klein.core import (
     SEEDS,
     GeneratedImage,
@@ -31,25 +28,21 @@ from klein.core import (
     ModelInfo,
     Progress,
 )
-from klein.encoder import GraphedEncoder
-from klein.errors import InternalError, InvalidRequest, LoraError, ModelUnavailable, OutOfMemory
+from klein.errors import InternalError, InvalidRequest, LoraError, OutOfMemory
 from klein.lora.file import LoraFile
 from klein.lora.library import LoraLibrary
 from klein.lora.reference import shown
 from klein.models import GB, PEAKS, SPARING
-from klein.offload import Shuttle, pin
+from klein.offload import Shuttle
 from klein.preflight import Plan
 from klein.request import GenerateRequest
 from klein.resolve import resolve, settle_loras
 from klein.sampling import Sampler
 from klein.settings import Settings
-from klein.transformer import FusedForward, quantise
 
 log = logging.getLogger("bentoml.klein")
 
 EMBEDS_KEPT = 16
-TILE = 512
-"""Side in pixels of a tile at most, where a picture is decoded in tiles."""
 
 
 class KleinPipeline:
@@ -95,17 +88,16 @@ class KleinPipeline:
         )
 
     def facts(self) -> dict[str, Any]:
-        """What the tier falls short of; GPU memory in bytes and kernels compiled, with a GPU."""
-        facts: dict[str, Any] = {"speed_why": self._plan.acceleration.why}
+        """Why the tier is no faster one, kernels compiled so far, GPU memory in bytes."""
+        facts: dict[str, Any] = {"speed_why": self._plan.acceleration.why, "kernels_compiled": 0}
         if self._plan.device != "cuda":
             return facts
-        free, total = torch.cuda.mem_get_info()
-        facts |= {"gpu_memory_free": free, "gpu_memory_total": total}
         if self._plan.acceleration.has("fused"):
             from klein.kernels import Compilations
 
             facts["kernels_compiled"] = Compilations.count
-        return facts
+        free, total = torch.cuda.mem_get_info()
+        return facts | {"gpu_memory_free": free, "gpu_memory_total": total}
 
     def generate(self, job: Job) -> GenerationResult:
         """Make the job's pictures, one after another, so that each is the same alone.
@@ -190,6 +182,8 @@ class KleinPipeline:
             return
         need = PEAKS[SPARING].of(params.width, params.height)
         have = _free_memory() + self._merger.spare_bytes()
+        if self._shuttle:
+            have -= self._shuttle.room_for(self._pipe.transformer)
         if need > have:
             raise InvalidRequest(
                 f"width: {params.width}×{params.height} needs about {need / GB:.1f} GB of GPU "
@@ -379,206 +373,10 @@ class _Clock:
         return {stage: round(s, 4) for stage, s in (self._laps | {"total": total}).items()}
 
 
-def load(
-    plan: Plan,
-    settings: Settings,
-    library: LoraLibrary,
-    begun: dict[str, loading.Weights] | None = None,
-) -> KleinPipeline:
-    """Read the weights and place them; raises ModelUnavailable.
-
-    `begun` is what klein.loading has begun to read for this plan already.
-    """
-    if plan.device == "cuda" and not torch.cuda.is_available():
-        raise ModelUnavailable(
-            f"torch {torch.__version__} cannot use this GPU: install a CUDA build that fits the "
-            "driver, or use MODEL_ID=nano with KLEIN_DEVICE=cpu"
-        )
-    started = time.perf_counter()
-    plan = preflight.fetched(plan, settings)
-    begun = begun or loading.begin(plan)
-    log.info("reading the weights from %s: %s", plan.found_in, plan.source)
-    _quiet()
-    capability = torch.cuda.get_device_capability() if plan.device == "cuda" else (0, 0)
-    fused = plan.acceleration.has("fused")
-    backend = attention.choose(settings.attention, plan.device, capability, fused=fused)
-    plan = replace(plan, acceleration=_proved(plan, settings, backend))
-    proved = time.perf_counter()
-    pipe = _read(plan, settings, begun)
-    _assert_klein(pipe, plan)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.vae.use_slicing = settings.vae_slicing
-    tile = min(TILE, pipe.vae.config.sample_size)
-    pipe.vae.tile_sample_min_size = tile
-    pipe.vae.tile_latent_min_size = tile // pipe.vae_scale_factor
-    sampler = _accelerate(pipe, plan, backend)
-    shuttle = _place(pipe, plan)
-    made = KleinPipeline(pipe, plan, settings, library, sampler, backend.label, shuttle)
-    read = time.perf_counter()
-    if plan.device == "cuda" and plan.offload == "none":
-        made.warm_up()
-    log.info(
-        "%s loaded: kernels ready after %.1f s, weights after %.1f s, warm after %.1f s; %s; "
-        "%s tier, %s",
-        settings.model_id,
-        proved - started,
-        read - started,
-        time.perf_counter() - started,
-        plan.why,
-        plan.acceleration.tier.name,
-        backend.label,
-    )
-    return made
-
-
-def _read(plan: Plan, settings: Settings, begun: dict[str, loading.Weights]) -> Any:
-    """The pipeline with its weights where they are used first; raises ModelUnavailable."""
-    folder, dtype = Path(plan.source), loading.dtype_on(plan.device)
-    try:
-        return Flux2KleinPipeline.from_pretrained(
-            plan.source,
-            text_encoder=loading.text_encoder(
-                folder / "text_encoder",
-                _cut_config(folder),
-                plan.read_to,
-                dtype,
-                begun["text_encoder"],
-            ),
-            vae=loading.vae(folder / "vae", plan.read_to, dtype, begun["vae"]),
-            transformer=loading.transformer(
-                folder / "transformer", plan.transformer_to, dtype, begun["transformer"]
-            ),
-            local_files_only=True,
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelUnavailable(
-            f"{settings.model_id} from {plan.found_in} could not be loaded "
-            f"({type(error).__name__}): {str(error)[:300]}"
-        ) from error
-
-
 def _free_memory() -> int:
     """Bytes of GPU memory that can be had, those that torch holds and does not use included."""
     held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return int(torch.cuda.mem_get_info()[0]) + held
-
-
-def _quiet() -> None:
-    """No report on layers that are left out on purpose, and no bars: klein reads the weights."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
-
-
-def _cut_config(folder: Path) -> Any:
-    """The text encoder's configuration without the layers after the last state that is read."""
-    config = transformers.AutoConfig.from_pretrained(folder, subfolder="text_encoder")
-    config.num_hidden_layers = min(config.num_hidden_layers, loading.OUT_LAYERS[-1])
-    if layer_types := getattr(config, "layer_types", None):
-        config.layer_types = layer_types[: config.num_hidden_layers]
-    return config
-
-
-def _assert_klein(pipe: Any, plan: Plan) -> None:
-    """What later code relies on, said before the first picture and not after."""
-    if not pipe.scheduler.config.use_dynamic_shifting:
-        raise ModelUnavailable("this model's scheduler does not shift dynamically: not FLUX.2")
-    if bool(pipe.config.is_distilled) != plan.spec.distilled:
-        kind = "distilled" if pipe.config.is_distilled else "not distilled"
-        raise ModelUnavailable(
-            f"model_index.json says {kind}, and {plan.spec.name} is the opposite"
-        )
-
-
-def _proved(plan: Plan, settings: Settings, backend: Backend) -> Acceleration:
-    """The acceleration, after klein's forward equalled diffusers' on this GPU.
-
-    The model is one double and one single block of this width with random weights, so the kernels
-    that are compiled for it are those of the pictures to come. Where they are wrong or do not
-    compile, a tier of klein's own choice becomes eager; one that is named raises ModelUnavailable.
-    """
-    chosen = plan.acceleration
-    if plan.device != "cuda" or not chosen.has("fused"):
-        return chosen
-    try:
-        from klein import kernels
-
-        kernels.keep_in(settings.kernel_cache.expanduser())
-        error = _difference(plan, backend)
-        if not error < 0.1:
-            raise RuntimeError(f"the forward is wrong by {error:.0%}")
-    except Exception as error:
-        why = f"klein's kernels cannot be used here ({type(error).__name__}: {str(error)[:300]})"
-        if settings.speed != "auto":
-            raise ModelUnavailable(
-                f"KLEIN_SPEED={settings.speed}: {why}; KLEIN_SPEED=eager needs none",
-                field="KLEIN_SPEED",
-            ) from error
-        log.warning("%s: pictures take longer", why)
-        return eager(why)
-    return chosen
-
-
-@torch.inference_mode()
-def _difference(plan: Plan, backend: Backend) -> float:
-    """|klein's velocity - diffusers'| / |diffusers'| (bfloat16 alone makes about 0.02)."""
-    config = dict(Flux2Transformer2DModel.load_config(Path(plan.source) / "transformer"))
-    config |= {"num_layers": 1, "num_single_layers": 1}
-    with torch.device(plan.device):
-        model = Flux2Transformer2DModel.from_config(config).eval()
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
-        ids = [torch.zeros(1, count, 4) for count in (48, 40)]
-        for each in ids:
-            each[..., 1:3] = torch.randint(0, 64, each[..., 1:3].shape)
-        given = {
-            "hidden_states": torch.randn(1, 48, model.config.in_channels, dtype=torch.bfloat16),
-            "encoder_hidden_states": torch.randn(
-                1, 40, model.config.joint_attention_dim, dtype=torch.bfloat16
-            ),
-            "timestep": torch.full((1,), 0.5, dtype=torch.bfloat16),
-            "img_ids": ids[0],
-            "txt_ids": ids[1],
-        }
-    theirs = model(**given, return_dict=False)[0].float()
-    mine = FusedForward(model, backend.attend)(**given)[0].float()
-    return float((mine - theirs).norm() / theirs.norm())
-
-
-def _accelerate(pipe: Any, plan: Plan, backend: Backend) -> Sampler:
-    """Put the plan's options on; what is returned stands in for the transformer's forward."""
-    faster = plan.acceleration
-    forward = pipe.transformer.forward
-    if faster.has("fused"):
-        forward = FusedForward(pipe.transformer, backend.attend)
-    elif plan.device == "cuda":
-        pipe.transformer.set_attention_backend(backend.diffusers)
-    if faster.has("decoder"):
-        decoder.fuse(pipe.vae)
-    if faster.has("float8"):
-        quantise(pipe.transformer, plan.device)
-    if faster.has("graphed") and plan.device == "cuda":
-        encoder = pipe.text_encoder
-        encoder.forward = GraphedEncoder(encoder, plan.spec.max_sequence_length)
-    thrift = THRIFT if faster.has("thrift") else None
-    sampler = Sampler(forward, paired=faster.has("paired"), thrift=thrift)
-    pipe.transformer.forward = sampler
-    return sampler
-
-
-def _place(pipe: Any, plan: Plan) -> Shuttle | None:
-    """Spread the weights as planned; those that stay where they were read need nothing."""
-    if plan.offload == "sequential":
-        pipe.enable_sequential_cpu_offload()
-    if plan.offload != "model":
-        return None
-    pipe.vae.to(plan.device)
-    shuttle = Shuttle(plan.device, pipe.text_encoder, pipe.transformer)
-    pin(shuttle.originals(pipe.text_encoder).values())
-    pin(shuttle.originals(pipe.transformer).values())
-    return shuttle
 
 
 def _as_picture(image: Tensor) -> Image.Image:

@@ -264,10 +264,13 @@ def place(
             f"{_gb(free)} are free: use a larger GPU or klein-base-4B{hint}",
             field="KLEIN_OFFLOAD",
         )
-    if fitting != "none" and machine.memory_free < spec.resident_bytes:
+    kept = 0 if fitting == "none" else spec.resident_bytes
+    if "float8" in tier.options and not _both_fit(spec, machine):
+        kept = spec.transformer_bytes
+    if machine.memory_free < kept:
         raise ModelUnavailable(
-            f"offload {fitting!r} keeps {_gb(spec.resident_bytes)} of weights in main memory and "
-            f"{_gb(machine.memory_free)} are free",
+            f"offload {fitting!r} in the {tier.name} tier keeps {_gb(kept)} of weights in main "
+            f"memory and {_gb(machine.memory_free)} are free",
             field="KLEIN_OFFLOAD",
         )
     placed = "resident on the GPU" if fitting == "none" else f"{fitting} offload"

@@ -38,8 +38,8 @@ def loader(
 
         found = preflight.fetched(plan, settings)
         begun = loading.begin(found)
-        from klein import pipeline
+        from klein import assembly
 
-        return pipeline.load(found, settings, loras, begun)
+        return assembly.load(found, settings, loras, begun)
 
     return load

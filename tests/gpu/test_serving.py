@@ -15,7 +15,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("no GPU here", allow_module_level=True)
 
-from klein import kernels, pipeline, preflight
+from klein import assembly, kernels, preflight
 from klein.core import GenerationResult
 from klein.errors import InvalidRequest, OutOfMemory
 from klein.lora.library import LoraLibrary
@@ -26,13 +26,15 @@ from tests.model.conftest import drawer, load
 
 LORAS = Path("klein/nano/loras")
 ZIBBO = {"path": "zibbo.safetensors", "scale": 1.0}
+MOST = 2
+"""Of 255: what the order of bfloat16 operations makes of twelve steps of a small model."""
 REQUEST: dict[str, Any] = {"prompt": "a woman with a green hat", "num_inference_steps": 12}
 
 
 @pytest.fixture(scope="module")
-def on_cpu() -> GenerationResult:
-    """The picture that all others are held to: eager, in float32."""
-    return drawer(load("nano", LORAS, KLEIN_DEVICE="cpu"))(**REQUEST)
+def eager() -> GenerationResult:
+    """The picture that all others are held to: diffusers as it is, on this GPU."""
+    return drawer(load("nano", LORAS, KLEIN_SPEED="eager"))(**REQUEST)
 
 
 @pytest.fixture(autouse=True)
@@ -53,26 +55,26 @@ def _on_gpu(tmp: Path, **settings: str) -> KleinPipeline:
 @pytest.mark.parametrize(
     ("settings", "most"),
     [
-        ({"KLEIN_SPEED": "eager"}, 3),
-        ({"KLEIN_SPEED": "exact"}, 3),
-        ({"KLEIN_SPEED": "exact", "KLEIN_ATTENTION": "native"}, 3),
-        ({"KLEIN_SPEED": "fast"}, 12),
-        ({"KLEIN_SPEED": "turbo"}, 12),
-        ({"KLEIN_OFFLOAD": "model"}, 3),
-        ({"KLEIN_OFFLOAD": "sequential"}, 3),
-        ({"KLEIN_VAE_TILING": "on"}, 3),
+        ({"KLEIN_SPEED": "eager"}, 0),
+        ({"KLEIN_SPEED": "exact"}, MOST),
+        ({"KLEIN_SPEED": "exact", "KLEIN_ATTENTION": "native"}, MOST),
+        ({"KLEIN_SPEED": "fast"}, 20),
+        ({"KLEIN_SPEED": "turbo"}, 20),
+        ({"KLEIN_OFFLOAD": "model"}, MOST),
+        ({"KLEIN_OFFLOAD": "sequential"}, MOST),
+        ({"KLEIN_VAE_TILING": "on"}, MOST),
     ],
     ids=str,
 )
-def test_pictures_are_those_of_the_cpu(
-    settings: dict[str, str], most: float, on_cpu: GenerationResult, tmp_path: Path
+def test_pictures_are_eagers(
+    settings: dict[str, str], most: float, eager: GenerationResult, tmp_path: Path
 ) -> None:
     """But for bfloat16 and what the tier says; with LoRAs on and off again, bit for bit."""
     pipe = _on_gpu(tmp_path, **settings)
     draw = drawer(pipe)
     before = draw(**REQUEST)
-    print(settings, f"{_gap(before, on_cpu):.2f} of 255", pipe.info.speed, pipe.info.attention)
-    assert _gap(before, on_cpu) < most
+    print(settings, f"{_gap(before, eager):.2f} of 255", pipe.info.speed, pipe.info.attention)
+    assert _gap(before, eager) <= most
     changed = draw(**REQUEST, loras=[ZIBBO])
     assert changed.loras[0].applied
     assert _gap(before, changed) > 1
@@ -106,8 +108,8 @@ def test_float8_beside_originals_in_main_memory(tmp_path: Path) -> None:
         {"MODEL_ID": "nano", "KLEIN_SPEED": "fast", "KLEIN_KERNEL_CACHE": str(tmp_path)}
     )
     plan = preflight.plan(chosen, Machine.probe({}))
-    tight = pipeline.load(replace(plan, roomy=False), chosen, LoraLibrary(LORAS, None))
-    roomy = pipeline.load(plan, chosen, LoraLibrary(LORAS, None))
+    tight = assembly.load(replace(plan, roomy=False), chosen, LoraLibrary(LORAS, None))
+    roomy = assembly.load(plan, chosen, LoraLibrary(LORAS, None))
     linear = tight._pipe.transformer.transformer_blocks[0].attn.to_q
     assert (linear.weight.device.type, linear.float8.device.type) == ("cpu", "cuda")
     for values in ({}, {"loras": [ZIBBO]}, {}):
@@ -119,20 +121,27 @@ def test_running_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     pipe = _on_gpu(tmp_path, KLEIN_SPEED="exact")
     big = {**REQUEST, "width": 2048, "height": 2048, "num_inference_steps": 1}
     draw = drawer(pipe)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     draw(**big)
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0]
-    held = torch.empty(free - 1_500_000_000, dtype=torch.uint8, device="cuda")
+    need = torch.cuda.max_memory_allocated() - before
+
+    def leave(size: float) -> torch.Tensor:
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0]
+        return torch.empty(int(free - size), dtype=torch.uint8, device="cuda")
+
+    held = leave(1.5e9)
     with pytest.raises(InvalidRequest, match=r"2048×2048 needs about 3\.9 GB"):
         draw(**big)
     monkeypatch.setattr(pipe, "_admit", lambda _: None)
+    del held
+    held = leave(0.05 * need)
     with pytest.raises(OutOfMemory, match="twice"):
         draw(**big)
     del held
-    torch.cuda.empty_cache()
-    held = torch.empty(free - 3_500_000_000, dtype=torch.uint8, device="cuda")
-    again = draw(**big)
-    assert any("GPU memory ran out" in warning for warning in again.warnings)
+    held = leave(0.75 * need)
+    assert any("GPU memory ran out" in warning for warning in draw(**big).warnings)
     del held
     torch.cuda.empty_cache()
     assert not draw(**REQUEST).warnings

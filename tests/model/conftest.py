@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from klein import pipeline, preflight
+from klein import assembly, preflight
 from klein.core import GenerationResult, Job
 from klein.lora.library import LoraLibrary
 from klein.machine import Machine
@@ -35,7 +35,7 @@ def load(folder: Path | str, loras: Path | None = None, **settings: str) -> Klei
     """The real loading path, as every door takes it."""
     chosen = Settings.from_env({"MODEL_ID": str(folder), **settings})
     plan = preflight.plan(chosen, Machine.probe({}))
-    return pipeline.load(plan, chosen, LoraLibrary(loras, None))
+    return assembly.load(plan, chosen, LoraLibrary(loras, None))
 
 
 def drawer(pipe: KleinPipeline) -> Draw:

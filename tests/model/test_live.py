@@ -54,6 +54,15 @@ def test_the_same_request_gives_the_same_bytes(url: str) -> None:
     assert "Seed: 1" in read_text(first[1])
 
 
+def test_compiled_kernels_are_counted(url: str) -> None:
+    """None without a GPU; a counter that grows in service would show there."""
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    assert [line for line in lines if line.startswith("klein_kernels_compiled")] == [
+        "klein_kernels_compiled 0.0"
+    ]
+
+
 def test_every_format_is_the_same_picture(url: str) -> None:
     """png is exact; jpeg and webp differ from it by their compression only."""
     _, exact = live.post(f"{url}/generate", QUICK)
