@@ -1,5 +1,6 @@
 """Draws the pictures of the README: `make pictures`."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,14 +9,15 @@ from PIL import Image
 
 FOLDER = Path(__file__).parent / "images"
 WOMAN = "a smiling woman with red hair, green eyes and a blue hat, on a yellow background"
+TIERS = ("exact", "fast", "turbo")
 ZIBBO = "zibbo with a red hat on a blue background"
 
 
-def draw(name: str, *flags: str) -> Path:
+def draw(name: str, *flags: str, speed: str = "auto") -> Path:
     """One picture through the command line."""
     path = FOLDER / name
     argv = [sys.executable, "-m", "klein", "generate", *flags, "-o", str(path)]
-    subprocess.run(argv, check=True)
+    subprocess.run(argv, check=True, env=os.environ | {"KLEIN_SPEED": speed})
     return path
 
 
@@ -39,6 +41,8 @@ def main() -> None:
     half = draw("half.png", ZIBBO, "--seed", "3", "--lora", "zibbo.safetensors:0.5")
     full = draw("full.png", ZIBBO, "--seed", "3", "--lora", "zibbo.safetensors:1.0")
     strip("zibbo.png", [without, half, full])
+    tiers = [draw(f"{tier}.png", WOMAN, "--seed", "4", speed=tier) for tier in TIERS]
+    strip("tiers.png", tiers)
 
 
 if __name__ == "__main__":
