@@ -6,12 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 export BENTOML_DO_NOT_TRACK := 1
 
-.PHONY: help serve test check lint bundle clean
+.PHONY: help serve test check lint bench bundle pictures clean
 
 help:
 	@echo "make serve   set up, then serve MODEL_ID (nano unless set) on PORT ($(PORT))"
 	@echo "make test    set up, then run the tests"
 	@echo "make check   ruff, mypy, the import layers and the tests: what CI runs"
+	@echo "make bench   seconds a picture by stock diffusers and each tier, and the service's share"
 	@echo "make bundle  build the image with Docker and run both of its lives (minutes)"
 	@echo "make clean   remove the environment"
 
@@ -20,7 +21,7 @@ serve: $(VENV)/.serve
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest tests/unit tests/doors
-	$(BIN)/python -m pytest tests/model tests/bundle
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/model tests/bundle
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -44,6 +45,11 @@ $(VENV)/.serve: requirements.txt | $(VENV)/bin/python
 $(VENV)/.test: requirements-dev.txt $(VENV)/.serve
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
+
+# stock diffusers and the tiers side by side, then what the service costs over the bare call
+bench: $(VENV)/.serve
+	$(BIN)/python -m benchmarks.tiers
+	$(BIN)/python -m benchmarks.service
 
 pictures: $(VENV)/.serve
 	MODEL_ID=nano $(BIN)/python -m docs.pictures

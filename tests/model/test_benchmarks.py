@@ -1,0 +1,40 @@
+"""The benchmarks run, and refuse what cannot be."""
+
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import tiers
+from klein.models import MODELS
+from tests import live
+
+
+def test_tiers_side_by_side() -> None:
+    """Stock and exact on the built-in model, in one table; exact draws stock's picture."""
+    argv = ["-m", "benchmarks.tiers", "--rounds", "1", "--steps", "2", "--rank", "0"]
+    done = subprocess.run(
+        [sys.executable, *argv, "--tiers", "exact"],
+        cwd=live.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [line.split() for line in done.stdout.splitlines() if "last picture" not in line]
+    rows = {line[0]: line for line in lines if line}
+    assert rows["stock"][5] == rows["exact"][5] == "4"
+    assert float(rows["exact"][-1]) < 0.05
+
+
+def test_a_rate_above_the_chips_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the measurement is wrong, and no table is printed."""
+    monkeypatch.setattr(tiers, "ceiling", lambda *_: 100.0)
+    way = tiers.Way("too fast", lambda *_: (None, 0), seconds=[0.001], forwards=56)
+    with pytest.raises(SystemExit, match=r"too fast: .* TFLOP/s, and the chip does 100"):
+        list(tiers.table([way], MODELS["klein-base-9B"], (1024, 1024), "cuda"))
+
+
+def test_the_work_of_a_forward_is_counted() -> None:
+    """As torch's own counter does on the real classes: 75.51 TFLOP at 1024×1024."""
+    assert tiers.teraflops(MODELS["klein-base-9B"], (1024, 1024)) == pytest.approx(75.51, rel=0.01)
+    assert tiers.teraflops(MODELS["klein-base-9B"], (512, 512)) == pytest.approx(22.73, rel=0.01)
