@@ -19,14 +19,16 @@ import bentoml
 from PIL import Image
 from starlette.responses import JSONResponse, Response
 
-from klein import render, startup, web
+from klein.app import build as startup
 from klein.core import GenerationResult, ImagePipeline, Job
-from klein.delivery import Bucket
-from klein.engine import Engine, State
+from klein.engine.engine import Engine, State
+from klein.entrypoints.http import app as web
 from klein.errors import InternalError, InvalidRequest, KleinError
 from klein.lora.library import LoraLibrary
-from klein.request import GenerateRequest
-from klein.resolve import resolve
+from klein.output import response as render
+from klein.output.delivery import Bucket
+from klein.request.resolve import resolve
+from klein.request.schema import GenerateRequest
 from klein.settings import Settings
 
 log = logging.getLogger("bentoml.klein")

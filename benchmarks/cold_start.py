@@ -59,7 +59,7 @@ def empty_parts(geometry: str) -> dict[str, Any]:
     from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 
     from benchmarks.lora_switching import NAMES, transformer
-    from klein.models import MODELS
+    from klein.models.catalog import MODELS
 
     nano = nano_folder()
     if geometry == "nano":
@@ -225,7 +225,7 @@ def run_klein(folder: Path, device: str, laps: Laps, threads: int) -> dict[str, 
     )
     from transformers import AutoModelForCausalLM, Qwen3ForCausalLM  # noqa: F401
 
-    from klein import loading
+    from klein.inference.loading import modules as loading
 
     loading.THREADS, loading.BUFFERS = threads, threads + 4
     torch.empty(1, device=device)

@@ -20,9 +20,9 @@ import torch
 
 from benchmarks.lora_switching import NAMES, transformer
 from benchmarks.tiers import teraflops
-from klein import attention
-from klein.models import MODELS, ModelSpec
-from klein.transformer import FusedForward, quantise
+from klein.inference.acceleration import attention
+from klein.inference.acceleration.transformer import FusedForward, quantise
+from klein.models.catalog import MODELS, ModelSpec
 
 
 def inputs(spec: ModelSpec, model: Any, size: int, texts: int, device: str) -> dict[str, Any]:

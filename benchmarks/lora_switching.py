@@ -20,9 +20,9 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from safetensors.torch import load_file, save_file
 
-from klein.adapters import LoraMerger, Wanted
+from klein.inference.adapters.merge import LoraMerger, Wanted
 from klein.lora import file
-from klein.models import MODELS, ModelSpec
+from klein.models.catalog import MODELS, ModelSpec
 
 HEADS = {"klein-base-9B": (32, 128), "klein-base-4B": (24, 128), "nano": (6, 32)}
 NAMES = {"9B": "klein-base-9B", "4B": "klein-base-4B", "nano": "nano"}

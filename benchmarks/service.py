@@ -29,10 +29,11 @@ from typing import Any
 
 from PIL import Image
 
-from klein import render, startup
+from klein.app import build as startup
 from klein.core import Job
-from klein.request import parse
-from klein.resolve import resolve
+from klein.output import response as render
+from klein.request.resolve import resolve
+from klein.request.schema import parse
 from klein.settings import Settings
 
 

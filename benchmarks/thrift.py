@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from diffusers import Flux2KleinPipeline
 
-from klein.acceleration import THRIFT, Thrift
-from klein.preflight import NANO_FOLDER
-from klein.sampling import Sampler
+from klein.inference.denoise import Sampler
+from klein.models.identify import NANO_FOLDER
+from klein.models.speed import THRIFT, Thrift
 from training.check import test_set
 
 STEPS = 28

@@ -28,16 +28,18 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.lora_switching import NAMES, lora, transformer
-from klein import assembly, attention
-from klein.acceleration import TIERS, Acceleration
 from klein.core import Job
+from klein.inference import assemble as assembly
+from klein.inference.acceleration import attention
+from klein.inference.pipeline import KleinPipeline
 from klein.lora.library import LoraLibrary
-from klein.lora.reference import LoraSpec
-from klein.models import GB, MODELS, ModelSpec
-from klein.pipeline import KleinPipeline
-from klein.preflight import NANO_FOLDER, Plan
-from klein.request import GenerateRequest
-from klein.resolve import resolve
+from klein.lora.spec import LoraSpec
+from klein.models.catalog import GB, MODELS, ModelSpec
+from klein.models.identify import NANO_FOLDER
+from klein.models.plan import Plan
+from klein.models.speed import TIERS, Acceleration
+from klein.request.resolve import resolve
+from klein.request.schema import GenerateRequest
 from klein.settings import Settings
 
 TEXT_LAYERS = {"klein-base-9B": (4096, 12288), "klein-base-4B": (2560, 9728)}
@@ -212,7 +214,7 @@ def wait(device: str) -> None:
 def compiled(device: str) -> int:
     if device != "cuda":
         return 0
-    from klein.kernels import Compilations
+    from klein.inference.acceleration.kernels import Compilations
 
     return Compilations.count
 
@@ -327,7 +329,7 @@ def main() -> None:
     native = spec.native_size
     sizes = args.sizes or [f"{native}x{native}"] + ([] if device == "cpu" else ["512x512"])
     if device == "cuda":
-        from klein import kernels
+        from klein.inference.acceleration import kernels
 
         kernels.keep_in(Settings().kernel_cache.expanduser())
     with tempfile.TemporaryDirectory() as folder:

@@ -13,9 +13,9 @@ from klein.errors import ErrorCode, InvalidRequest, KleinError
 
 if TYPE_CHECKING:
     from klein.core import GenerationResult, Job
-    from klein.engine import Engine
+    from klein.engine.engine import Engine
     from klein.lora.library import LoraLibrary
-    from klein.request import GenerateRequest
+    from klein.request.schema import GenerateRequest
     from klein.settings import Settings
 
 OK, CALLERS_FAULT, BROKEN, TRY_AGAIN, INTERRUPTED = 0, 2, 70, 75, 130
@@ -75,7 +75,7 @@ def _parser(argv: list[str] | None) -> argparse.ArgumentParser:
 
 def _add_request_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for every field of a request, from the model itself."""
-    from klein.request import GenerateRequest
+    from klein.request.schema import GenerateRequest
 
     fields = GenerateRequest.model_fields
     parser.add_argument("prompt", nargs="?", help=fields["prompt"].description)
@@ -146,8 +146,8 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _request(args: argparse.Namespace) -> "GenerateRequest":
     """The picture named by --like, then the flags, then the format that the file's name says."""
-    from klein import images, metadata
-    from klein.request import GenerateRequest, parse
+    from klein.output import images, metadata
+    from klein.request.schema import GenerateRequest, parse
 
     values: dict[str, Any] = {}
     if args.like:
@@ -166,7 +166,7 @@ def _request(args: argparse.Namespace) -> "GenerateRequest":
 
 
 def _format(output: Path, asked: str | None) -> str:
-    from klein.formats import FORMAT_ALIASES, FORMATS
+    from klein.request.formats import FORMAT_ALIASES, FORMATS
 
     by_extension = {row.extension: name for name, row in FORMATS.items()} | {"jpeg": "jpeg"}
     named = by_extension.get(output.suffix.lower().removeprefix("."))
@@ -197,8 +197,8 @@ def _lora(text: str) -> dict[str, Any]:
 
 
 def _start(settings: "Settings") -> "Engine":
-    from klein import startup
-    from klein.engine import Engine
+    from klein.app import build as startup
+    from klein.engine.engine import Engine
 
     load = startup.loader(settings, os.environ)
     print(f"loading {settings.model_id}", file=sys.stderr)
@@ -211,7 +211,7 @@ def _run(engine: "Engine", request: "GenerateRequest", settings: "Settings") -> 
     from tqdm import tqdm
 
     from klein.core import Job, Progress
-    from klein.resolve import resolve
+    from klein.request.resolve import resolve
 
     spec = engine.pipeline.info.spec
     resolved = resolve(
@@ -251,7 +251,7 @@ def _wait(engine: "Engine", job: "Job") -> "GenerationResult":
 
 
 def _write(result: "GenerationResult", output: Path) -> None:
-    from klein import render
+    from klein.output import response as render
 
     pictures = render.encode(result)
     for picture in pictures:
@@ -266,7 +266,7 @@ def _write(result: "GenerationResult", output: Path) -> None:
 
 
 def _presets(args: argparse.Namespace) -> int:
-    from klein.presets import DEFAULT_PRESET, PRESETS
+    from klein.request.presets import DEFAULT_PRESET, PRESETS
 
     for preset in PRESETS.values():
         default = "  (default)" if preset.name == DEFAULT_PRESET else ""
@@ -279,7 +279,7 @@ def _presets(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from klein import images
+    from klein.output import images
 
     print(images.read_text(_bytes(args.file)))
     return OK
@@ -293,7 +293,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def _library() -> "LoraLibrary":
-    from klein import startup
+    from klein.app import build as startup
     from klein.settings import Settings
 
     return startup.library(Settings.from_env(os.environ))
@@ -319,7 +319,7 @@ def _lora_inspect(args: argparse.Namespace) -> int:
 
 
 def _lora_add(args: argparse.Namespace) -> int:
-    from klein.lora.reference import LoraSpec
+    from klein.lora.spec import LoraSpec
 
     local = Path(args.path)
     if local.is_file():
@@ -344,7 +344,7 @@ def _lora_remove(args: argparse.Namespace) -> int:
 
 
 def _lora_convert(args: argparse.Namespace) -> int:
-    from klein.convert import convert
+    from klein.inference.adapters.convert import convert
     from klein.lora import file
 
     rank = convert(file.inspect(args.file, args.file.name), args.output)
@@ -353,8 +353,8 @@ def _lora_convert(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from klein import doctor
-    from klein.machine import Machine
+    from klein.entrypoints.cli import doctor
+    from klein.models.machine import Machine
     from klein.settings import Settings
 
     print("\n".join(doctor.report(Settings.from_env(os.environ), Machine.probe(os.environ))))

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from klein.errors import Cancelled, DeadlineExceeded, KleinError, LoraError
 from klein.lora.file import LoraFile
-from klein.lora.reference import LoraSpec
-from klein.models import ModelSpec
-from klein.schedule import Schedule
+from klein.lora.spec import LoraSpec
+from klein.models.catalog import ModelSpec
+from klein.models.schedule import Schedule
 
 if TYPE_CHECKING:
     from PIL.Image import Image

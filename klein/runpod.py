@@ -16,13 +16,14 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from klein import render, startup
+from klein.app import build as startup
 from klein.core import Job, Progress
-from klein.delivery import Bucket
-from klein.engine import Engine, State
+from klein.engine.engine import Engine, State
 from klein.errors import InternalError, InvalidRequest, KleinError
-from klein.request import parse
-from klein.resolve import resolve
+from klein.output import response as render
+from klein.output.delivery import Bucket
+from klein.request.resolve import resolve
+from klein.request.schema import parse
 from klein.settings import Settings
 
 log = logging.getLogger("bentoml.klein")

@@ -7,7 +7,6 @@ from typing import Any
 
 from PIL import Image
 
-from klein import schedule, sizes
 from klein.core import (
     SEEDS,
     GeneratedImage,
@@ -19,10 +18,11 @@ from klein.core import (
     Progress,
 )
 from klein.errors import OutOfMemory
-from klein.lora.reference import LoraSpec
-from klein.models import MODELS
-from klein.request import GenerateRequest, parse
-from klein.resolve import resolve
+from klein.lora.spec import LoraSpec
+from klein.models import schedule, sizes
+from klein.models.catalog import MODELS
+from klein.request.resolve import resolve
+from klein.request.schema import GenerateRequest, parse
 
 INFO = ModelInfo(
     id="nano",

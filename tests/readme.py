@@ -9,11 +9,11 @@ from pathlib import Path
 from klein import errors
 from klein.__main__ import exit_code
 from klein.errors import KleinError
-from klein.formats import FORMATS
-from klein.models import GB, MODELS
-from klein.presets import DEFAULT_PRESET, PRESETS
-from klein.request import GenerateRequest, LoraRequest
-from klein.schedule import SCHEDULES
+from klein.models.catalog import GB, MODELS
+from klein.models.schedule import SCHEDULES
+from klein.request.formats import FORMATS
+from klein.request.presets import DEFAULT_PRESET, PRESETS
+from klein.request.schema import GenerateRequest, LoraRequest
 from klein.settings import Settings
 
 README = Path(__file__).parents[1] / "README.md"
@@ -120,7 +120,7 @@ def _settings() -> str:
 
 
 def _errors() -> str:
-    from klein.web import http_status
+    from klein.entrypoints.http.app import http_status
 
     classes = [
         c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, KleinError)

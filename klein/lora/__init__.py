@@ -1,1 +1,1 @@
-"""What a LoRA is, told from its name and its file's header, without torch."""
+"""LoRA files: what they are, where they come from and which layers they change; no torch here."""

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from klein.errors import LoraError
-from klein.lora import header, layout
+from klein.lora import keys
+from klein.models.layers import SWAPPED_HALVES, modules_by_layer
+from klein.sources import safetensors as header
 
 Shape = tuple[int, ...]
 
@@ -98,7 +100,7 @@ def inspect(path: Path, name: str) -> LoraFile:
     layers, prefixes, strangers = _group(head)
     if not layers:
         raise LoraError(f"LoRA {name!r} has none of a LoRA's tensors, only such as {_some(head)}")
-    known = layout.modules()
+    known = modules_by_layer()
     lost = [layer for layer in layers if layer not in known]
     if lost or strangers:
         raise LoraError(_foreign(name, lost, strangers, len(layers)))
@@ -122,7 +124,7 @@ def _group(head: header.Header) -> tuple[dict[str, dict[str, str]], Counter[str]
     prefixes: Counter[str] = Counter()
     strangers = []
     for tensor in head.shapes:
-        key = layout.take_apart(tensor)
+        key = keys.take_apart(tensor)
         if key is None:
             strangers.append(tensor)
             continue
@@ -163,7 +165,7 @@ def _patch(
         raise LoraError(
             f"LoRA {name!r}: the tensors of layer {layer!r} do not fit together"
         ) from error
-    return Patch(layer, modules, kind, parts, rank, shape, layer == layout.SWAPPED_HALVES)
+    return Patch(layer, modules, kind, parts, rank, shape, layer == SWAPPED_HALVES)
 
 
 def _measure(kind: str, own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from klein.errors import InvalidRequest, LoraError
-from klein.fetch import MAX_BYTES, Fetcher, FetchFailed, OnBytes, check_size
-from klein.lora import file, reference
+from klein.lora import file
 from klein.lora.file import Card, LoraFile
-from klein.lora.reference import CivitaiFile, HubFile, LocalFile, LoraSpec, UrlFile
-from klein.lora.store import LoraStore
+from klein.lora.spec import LoraSpec
 from klein.settings import Secret
+from klein.sources import reference
+from klein.sources.cache import LoraStore
+from klein.sources.fetch import MAX_BYTES, Fetcher, FetchFailed, OnBytes, check_size
+from klein.sources.reference import CivitaiFile, HubFile, LocalFile, UrlFile
 
 CIVITAI = "https://civitai.com"
 _NAME = re.compile(r"^[\w][\w .+-]{0,120}\.safetensors$")
@@ -53,7 +55,7 @@ class LoraLibrary:
 
     def find(self, spec: LoraSpec, on_bytes: OnBytes = no_progress) -> LoraFile:
         """The file `spec` names, fetched if need be; raises LoraError, naming the way out."""
-        match reference.parse(spec):
+        match reference.parse(spec.path, spec.weight_name, spec.revision):
             case LocalFile(name):
                 path = self._local(name)
             case HubFile() as hub:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from klein.errors import BadSetting
-from klein.request import parse
+from klein.request.schema import parse
 from klein.settings import Settings
 from tests import servers
 from tests.bundle import export

@@ -5,12 +5,12 @@ import pytest
 from PIL import Image
 
 from klein import __main__ as cli
-from klein import startup
+from klein.app import build as startup
 from klein.errors import LoraError
-from klein.formats import FORMATS
-from klein.presets import PRESETS
-from klein.request import GenerateRequest
-from klein.schedule import SCHEDULES
+from klein.models.schedule import SCHEDULES
+from klein.request.formats import FORMATS
+from klein.request.presets import PRESETS
+from klein.request.schema import GenerateRequest
 from tests import fakes
 
 

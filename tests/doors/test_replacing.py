@@ -47,7 +47,8 @@ def _code(answer: tuple[int, bytes]) -> tuple[int, str]:
 
 
 RUNPOD = """
-from klein import runpod, startup
+from klein import runpod
+from klein.app import build as startup
 from tests import fakes
 startup.loader = lambda settings, environ: fakes.HungryPipeline
 runpod.main()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from klein import runpod
-from klein.engine import Engine
+from klein.engine.engine import Engine
 from klein.errors import LoraError, OutOfMemory
 from klein.runpod import Worker
 from klein.settings import Settings

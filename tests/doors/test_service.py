@@ -8,12 +8,12 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 import service
-from klein.engine import Engine, State
+from klein.engine.engine import Engine, State
 from klein.errors import DeliveryFailed, KleinError, LoraError, OutOfMemory
-from klein.images import read_text
 from klein.lora.library import LoraLibrary
-from klein.presets import PRESETS
-from klein.request import GenerateRequest
+from klein.output.images import read_text
+from klein.request.presets import PRESETS
+from klein.request.schema import GenerateRequest
 from tests import fakes, loras
 
 FAKE = fakes.FakePipeline()
@@ -181,7 +181,7 @@ def test_the_openapi_page_knows_every_field(client: TestClient) -> None:
 
 def test_load_balancers_are_told_the_truth() -> None:
     """204 while loading, 503 when broken, and how."""
-    from klein import web
+    from klein.entrypoints.http import app as web
 
     app = web.create_app()
     probe = TestClient(app)

@@ -1,4 +1,4 @@
-"""The Triton kernels against the plain torch that klein.fused also is.
+"""The Triton kernels against the plain torch that klein.inference.acceleration.ops also is.
 
     python -m pytest tests/gpu                      # on a machine with a GPU
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from klein import fused
+from klein.inference.acceleration import ops as fused
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -52,7 +52,7 @@ def plain(made: Tensor | fused.Rows) -> Tensor:
 
 
 def on_kernels(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The result of klein.fused by its kernels, on whatever device."""
+    """The result of klein.inference.acceleration.ops by its kernels, on whatever device."""
     before = fused._kernels
     fused._kernels = lambda _: kernels
     try:
@@ -62,7 +62,7 @@ def on_kernels(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def in_torch(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The result of klein.fused in plain torch, from float32 inputs."""
+    """The result of klein.inference.acceleration.ops in plain torch, from float32 inputs."""
 
     def widen(value: Any) -> Any:
         if isinstance(value, torch.Tensor):

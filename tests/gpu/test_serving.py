@@ -15,12 +15,14 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("no GPU here", allow_module_level=True)
 
-from klein import assembly, kernels, preflight
 from klein.core import GenerationResult
 from klein.errors import InvalidRequest, OutOfMemory
+from klein.inference import assemble as assembly
+from klein.inference.acceleration import kernels
+from klein.inference.pipeline import KleinPipeline
 from klein.lora.library import LoraLibrary
-from klein.machine import Machine
-from klein.pipeline import KleinPipeline
+from klein.models import plan as preflight
+from klein.models.machine import Machine
 from klein.settings import Settings
 from tests.model.conftest import drawer, load
 

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 
-from klein import assembly, preflight
 from klein.core import GenerationResult, Job
+from klein.inference import assemble as assembly
+from klein.inference.pipeline import KleinPipeline
 from klein.lora.library import LoraLibrary
-from klein.machine import Machine
-from klein.pipeline import KleinPipeline
-from klein.request import parse
-from klein.resolve import resolve
+from klein.models import plan as preflight
+from klein.models.machine import Machine
+from klein.request.resolve import resolve
+from klein.request.schema import parse
 from klein.settings import Settings
 from tests import tiny
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from klein.core import GenerationResult
 from klein.errors import LoraError
-from klein.pipeline import KleinPipeline
+from klein.inference.pipeline import KleinPipeline
 from tests import loras, tiny
 from tests.loras import Array
 from tests.model.conftest import Draw
@@ -331,7 +331,7 @@ def test_an_interrupted_switch_heals(
 ) -> None:
     """Whatever stops a merge half-way, the next job starts from pristine weights."""
     base = _bytes(draw())
-    from klein import adapters
+    from klein.inference.adapters import merge as adapters
 
     real, calls = adapters._product_norm, 0
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from klein import attention
 from klein.errors import ModelUnavailable
+from klein.inference.acceleration import attention
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks import tiers
-from klein.models import MODELS
+from klein.models.catalog import MODELS
 from tests import live
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from klein.images import read_text
+from klein.output.images import read_text
 from tests import live, servers
 
 JOB = json.loads((live.ROOT / "test_input.json").read_text())

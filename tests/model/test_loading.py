@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, Qwen3ForCausalLM
 
-from klein import loading
-from klein.preflight import NANO_FOLDER
+from klein.inference.loading import modules as loading
+from klein.models.identify import NANO_FOLDER
 from tests import tiny
 
 CUDA = pytest.param(

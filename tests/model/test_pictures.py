@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from klein import preflight
 from klein.core import GenerationResult
-from klein.pipeline import KleinPipeline
+from klein.inference.pipeline import KleinPipeline
+from klein.models.identify import NANO_FOLDER
 from tests.model.conftest import Draw, drawer, load
 from training.attributes import PALETTES
 from training.check import blockiness, is_character, judge
@@ -17,7 +17,7 @@ ZIBBO, PIXELKIN = "zibbo.safetensors", "pixelkin.safetensors"
 
 @pytest.fixture(scope="module")
 def nano() -> KleinPipeline:
-    return load("nano", preflight.NANO_FOLDER / "loras")
+    return load("nano", NANO_FOLDER / "loras")
 
 
 @pytest.fixture(scope="module")

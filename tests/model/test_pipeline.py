@@ -6,10 +6,10 @@ import torch
 from diffusers import Flux2KleinPipeline
 from PIL import ImageChops
 
-from klein import schedule
 from klein.core import GenerationResult, Progress
 from klein.errors import Cancelled, DeadlineExceeded, ModelUnavailable, OutOfMemory
-from klein.pipeline import KleinPipeline
+from klein.inference.pipeline import KleinPipeline
+from klein.models import schedule
 from tests import tiny
 from tests.model.conftest import Draw, drawer, load, make_job
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from klein.adapters import LoraMerger, Wanted
+from klein.inference.adapters.merge import LoraMerger, Wanted
+from klein.inference.pipeline import KleinPipeline
 from klein.lora import file
-from klein.pipeline import KleinPipeline
 from tests import loras, tiny
 from tests.model.conftest import load
 

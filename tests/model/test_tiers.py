@@ -11,14 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from klein import attention, decoder, fused, render
-from klein.acceleration import THRIFT, Thrift
 from klein.core import GenerationResult
 from klein.errors import ModelUnavailable
-from klein.offload import Shuttle
-from klein.pipeline import KleinPipeline
-from klein.sampling import Sampler
-from klein.transformer import FusedForward, block_linears
+from klein.inference.acceleration import attention
+from klein.inference.acceleration import ops as fused
+from klein.inference.acceleration import vae as decoder
+from klein.inference.acceleration.transformer import FusedForward, block_linears
+from klein.inference.denoise import Sampler
+from klein.inference.offload import Shuttle
+from klein.inference.pipeline import KleinPipeline
+from klein.models.speed import THRIFT, Thrift
+from klein.output import response as render
 from tests import loras, tiny
 from tests.model.conftest import drawer, load
 

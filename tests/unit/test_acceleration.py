@@ -4,9 +4,9 @@ from itertools import pairwise
 
 import pytest
 
-from klein import acceleration
-from klein.acceleration import OPTIONS, SITUATIONS, THRIFT, TIERS, Thrift
 from klein.errors import BadSetting, ModelUnavailable
+from klein.models import speed as acceleration
+from klein.models.speed import OPTIONS, SITUATIONS, THRIFT, TIERS, Thrift
 from klein.settings import Settings
 
 HOPPER = (9, 0)

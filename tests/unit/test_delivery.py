@@ -2,8 +2,8 @@ import urllib.request
 
 import pytest
 
-from klein.delivery import Bucket
 from klein.errors import BadSetting, DeliveryFailed
+from klein.output.delivery import Bucket
 from klein.settings import Settings
 from tests import servers
 

@@ -7,7 +7,7 @@ from typing import NoReturn
 import pytest
 
 from klein.core import Job, Progress
-from klein.engine import Engine, State
+from klein.engine.engine import Engine, State
 from klein.errors import (
     Cancelled,
     DeadlineExceeded,

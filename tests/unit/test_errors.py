@@ -2,8 +2,8 @@ import inspect
 
 from klein import errors
 from klein.__main__ import exit_code
+from klein.entrypoints.http.app import http_status
 from klein.errors import ErrorCode, KleinError, unknown
-from klein.web import http_status
 
 
 def _classes() -> list[type[KleinError]]:

@@ -4,8 +4,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from klein.fetch import Fetcher, FetchFailed, is_public
 from klein.lora.library import no_progress
+from klein.sources.fetch import Fetcher, FetchFailed, is_public
 from tests import servers
 
 BODY = bytes(range(256)) * 400

@@ -57,7 +57,8 @@ def test_help_is_quick(argv: list[str]) -> None:
 def test_light_modules_stay_light() -> None:
     """Reading requests, tables and LoRA headers needs neither torch nor a web framework."""
     script = (
-        "import sys, klein.resolve, klein.preflight, klein.render, klein.lora.library;"
+        "import sys, klein.request.resolve, klein.models.plan;"
+        "import klein.output.response, klein.lora.library;"
         "heavy = {'torch', 'diffusers', 'transformers', 'bentoml', 'runpod', 'starlette', 'boto3'};"
         "print(sorted(heavy & set(sys.modules)))"
     )

@@ -3,9 +3,9 @@ import io
 import pytest
 from PIL import Image, ImageChops
 
-from klein import images
 from klein.errors import InvalidRequest
-from klein.formats import FORMATS
+from klein.output import images
+from klein.request.formats import FORMATS
 
 TEXT = "a café, “quoted” 木\nNegative prompt: 😀\nSteps: 1"
 

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klein.errors import LoraError
-from klein.lora import file, header, layout
+from klein.lora import file, keys
+from klein.models.layers import modules_by_layer
+from klein.sources import safetensors as header
 from tests import loras
 
 
@@ -25,7 +27,7 @@ def test_an_ai_toolkit_file_is_known_whole(tmp_path: Path) -> None:
     assert len(found.sha256) == 64
 
 
-@pytest.mark.parametrize("prefix", ["", *layout.PREFIXES, "base_model.model.transformer."])
+@pytest.mark.parametrize("prefix", ["", *keys.PREFIXES, "base_model.model.transformer."])
 def test_every_prefix_names_the_same_layers(tmp_path: Path, prefix: str) -> None:
     """With dots or underscores, BFL's names come out as diffusers' modules."""
     layer, modules = "double_blocks.1.img_attn.qkv", ["to_q", "to_k", "to_v"]
@@ -43,7 +45,7 @@ def test_every_prefix_names_the_same_layers(tmp_path: Path, prefix: str) -> None
 
 def test_diffusers_names_name_themselves() -> None:
     """And all spellings of all layers lead somewhere."""
-    table = layout.modules()
+    table = modules_by_layer()
     assert table["transformer_blocks.0.attn.to_q"] == ("transformer_blocks.0.attn.to_q",)
     assert table["single_transformer_blocks_3_attn_to_out"] == (
         "single_transformer_blocks.3.attn.to_out",

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from klein.errors import LoraError
-from klein.fetch import MAX_BYTES
-from klein.lora import reference
 from klein.lora.library import LoraLibrary
-from klein.lora.reference import CivitaiFile, HubFile, LocalFile, LoraSpec, UrlFile
+from klein.lora.spec import LoraSpec
+from klein.sources import reference
+from klein.sources.fetch import MAX_BYTES
+from klein.sources.reference import CivitaiFile, HubFile, LocalFile, UrlFile
 from tests import loras, servers
 
 
@@ -39,7 +40,7 @@ def _file(path: Path) -> Path:
 )
 def test_references(spec: LoraSpec, expected: object) -> None:
     """A suffix makes a file, a slash a repository."""
-    assert reference.parse(spec) == expected
+    assert reference.parse(spec.path, spec.weight_name, spec.revision) == expected
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_references(spec: LoraSpec, expected: object) -> None:
 def test_what_is_no_reference_is_said(path: str, says: str) -> None:
     """With what would be one."""
     with pytest.raises(LoraError, match=says):
-        reference.parse(LoraSpec(path))
+        reference.parse(path)
 
 
 def test_local_files_are_found(tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ SCRIPT = """
 import sys
 from klein.errors import LoraError
 from klein.lora.library import LoraLibrary, Tokens
-from klein.lora.reference import LoraSpec
+from klein.lora.spec import LoraSpec
 from klein.settings import Secret
 tokens = Tokens(Secret(sys.argv[4]) if sys.argv[4] else None)
 try:

@@ -9,13 +9,13 @@ from urllib.parse import urlsplit
 import pytest
 
 from klein.errors import InvalidRequest, LoraError
-from klein.fetch import Fetcher
 from klein.lora.file import WIDTHS
 from klein.lora.library import LoraLibrary, Tokens
-from klein.lora.reference import LoraSpec
-from klein.lora.store import LoraStore
-from klein.models import MODELS
+from klein.lora.spec import LoraSpec
+from klein.models.catalog import MODELS
 from klein.settings import Secret
+from klein.sources.cache import LoraStore
+from klein.sources.fetch import Fetcher
 from tests import loras, servers
 
 

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klein import metadata, render
 from klein.errors import InvalidRequest
-from klein.images import read_text
+from klein.output import metadata
+from klein.output import response as render
+from klein.output.images import read_text
 from tests import fakes
 
 A1111_PAIRS = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from klein import preflight
 from klein.errors import ModelUnavailable
-from klein.machine import Gpu, Machine
-from klein.models import GB, MODELS
+from klein.models import plan as preflight
+from klein.models.catalog import GB, MODELS
+from klein.models.machine import Gpu, Machine
 from klein.settings import Settings
 from tests import servers
 
@@ -115,9 +115,9 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys
-from klein import preflight
+from klein.models import plan as preflight
 from klein.errors import ModelUnavailable
-from klein.machine import Gpu, Machine
+from klein.models.machine import Gpu, Machine
 from klein.settings import Settings
 names = ("MODEL_ID", "HF_TOKEN", "MODEL_REVISION")
 settings = Settings.from_env(dict(zip(names, sys.argv[1:])))

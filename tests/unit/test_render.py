@@ -6,9 +6,9 @@ import json
 import pytest
 from PIL import Image
 
-from klein import render
-from klein.delivery import Bucket
 from klein.errors import InvalidRequest, OutputTooLarge
+from klein.output import response as render
+from klein.output.delivery import Bucket
 from klein.settings import Secret
 from tests import fakes, servers
 

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from klein.errors import InvalidRequest
-from klein.request import GenerateRequest, parse
+from klein.request.schema import GenerateRequest, parse
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from klein.errors import InvalidRequest, LoraError
 from klein.lora.file import Card, LoraFile
-from klein.models import MODELS
-from klein.presets import PRESETS
-from klein.request import GenerateRequest, parse
-from klein.resolve import Resolved, resolve, settle_loras
+from klein.models.catalog import MODELS
+from klein.request.presets import PRESETS
+from klein.request.resolve import Resolved, resolve, settle_loras
+from klein.request.schema import GenerateRequest, parse
 
 NINE, NANO, DISTILLED = MODELS["klein-base-9B"], MODELS["nano"], MODELS["klein-9B"]
 

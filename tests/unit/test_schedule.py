@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from klein.schedule import SCHEDULES, ai_toolkit_mu, bfl_mu, linear_mu, mu_of, sigmas
+from klein.models.schedule import SCHEDULES, ai_toolkit_mu, bfl_mu, linear_mu, mu_of, sigmas
 
 # width, height, bfl at 4/20/25/28/50 steps, ai_toolkit, linear: computed from diffusers' and
 # ai-toolkit's own functions.

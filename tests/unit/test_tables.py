@@ -1,8 +1,9 @@
 import pytest
 
-from klein import models, sizes
-from klein.formats import DEFAULT_FORMAT, FORMATS
-from klein.presets import DEFAULT_PRESET, PRESETS
+from klein.models import catalog as models
+from klein.models import sizes
+from klein.request.formats import DEFAULT_FORMAT, FORMATS
+from klein.request.presets import DEFAULT_PRESET, PRESETS
 
 PROMISED = {
     "realistic_character": (28, 2.5, 1024, 1024, "bfl"),

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from klein import weights
-from klein.weights import Place, find, is_whole
+from klein.models import locate as weights
+from klein.models.locate import Place, find, is_whole
 from tests import servers
 
 REPO = "black-forest-labs/FLUX.2-klein-base-4B"
@@ -145,9 +145,10 @@ def test_a_cache_without_refs(tmp_path: Path) -> None:
 
 SCRIPT = """
 import logging, sys
-from klein import preflight, weights
+from klein.models import plan as preflight
+from klein.models import locate as weights
 from klein.errors import ModelUnavailable
-from klein.machine import Gpu, Machine
+from klein.models.machine import Gpu, Machine
 from klein.settings import Settings
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 weights.LOG_EVERY = 0.05

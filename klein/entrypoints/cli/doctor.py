@@ -1,0 +1,81 @@
+"""What this machine can run, what is missing, and how to get it."""
+
+import sys
+from importlib import metadata
+
+from klein.errors import KleinError
+from klein.models import plan as preflight
+from klein.models.catalog import GB, MODELS
+from klein.models.machine import Machine
+from klein.settings import Settings
+
+
+def report(settings: Settings, machine: Machine) -> list[str]:
+    """Lines for a person; nothing is loaded."""
+    return [
+        *_machine(machine),
+        "",
+        *_software(machine),
+        "",
+        *_models(settings, machine),
+        "",
+        *_verdict(settings, machine),
+    ]
+
+
+def _machine(machine: Machine) -> list[str]:
+    gpus = [
+        f"  GPU       {gpu.name}, {gpu.free / GB:.1f} of {gpu.total / GB:.1f} GB free"
+        for gpu in machine.gpus
+    ]
+    return [
+        "This machine",
+        *(gpus or ["  GPU       none (no NVIDIA driver answers): only the built-in model runs"]),
+        f"  memory    {machine.memory_free / GB:.1f} GB free",
+        f"  disk      {machine.disk_free / GB:.1f} GB free where models are cached",
+    ]
+
+
+def _software(machine: Machine) -> list[str]:
+    lines = ["Software", f"  python    {sys.version.split()[0]}"]
+    for name in ("torch", "diffusers", "transformers", "bentoml", "runpod"):
+        lines.append(f"  {name:<9} {_version(name) or 'missing: pip install -r requirements.txt'}")
+    flash = _version("flash-attn") or "not installed; only GPUs before Hopper gain from it"
+    lines.append(f"  flash-attn {flash}")
+    if machine.gpus and "+cpu" in (_version("torch") or ""):
+        lines.append("  ! this torch cannot use the GPU: install a CUDA build of the same version")
+    return lines
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _models(settings: Settings, machine: Machine) -> list[str]:
+    lines = ["Models"]
+    device = "cuda" if machine.gpus else "cpu"
+    for spec in MODELS.values():
+        try:
+            if spec.needs_gpu and device == "cpu":
+                fits = "needs a GPU"
+            else:
+                fits = preflight.place(settings, machine, spec, device)[1]
+        except KleinError as error:
+            fits = str(error)
+        gate = ", gated: needs HF_TOKEN" if spec.gated and not settings.hf_token else ""
+        lines.append(f"  {spec.name:<14} {fits} ({spec.licence}{gate})")
+    return lines
+
+
+def _verdict(settings: Settings, machine: Machine) -> list[str]:
+    try:
+        plan = preflight.plan(settings, machine)
+    except KleinError as error:
+        return [f"MODEL_ID={settings.model_id} cannot start: {error}"]
+    speed = f"{plan.acceleration.tier.name} tier"
+    if plan.acceleration.why:
+        speed += f" ({plan.acceleration.why})"
+    return [f"MODEL_ID={settings.model_id} can start: {plan.spec.name}, {plan.why}; {speed}"]

@@ -1,0 +1,1 @@
+"""The model at work: the only package that imports torch and diffusers."""

@@ -1,0 +1,1 @@
+"""Faster ways to the same pictures; without this package klein draws eagerly."""

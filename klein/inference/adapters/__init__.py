@@ -1,0 +1,1 @@
+"""LoRAs on a transformer: the change each makes, merged into the weights."""

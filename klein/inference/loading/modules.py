@@ -1,0 +1,187 @@
+"""The parts of a pipeline, built empty while their weights are read."""
+
+import copy
+import logging
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from klein.inference.loading.reader import Device, Wanted, Weights, exact, read
+from klein.models.catalog import GB
+from klein.models.plan import Plan
+
+log = logging.getLogger("bentoml.klein")
+
+OUT_LAYERS = (9, 18, 27)
+"""Hidden states of the text encoder that FLUX.2-klein reads; what comes after them is not."""
+
+
+def _read_aloud(
+    folder: Path, device: Device, dtype: torch.dtype, wanted: Wanted
+) -> dict[str, Tensor]:
+    """As `read`, and the log hears of it."""
+    started = time.perf_counter()
+    tensors = read(folder, device, dtype, wanted)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    if size > GB:
+        seconds = time.perf_counter() - started
+        log.info("%s: %.1f GB read in %.1f s", folder.name, size / GB, seconds)
+    return tensors
+
+
+def _everything(_: str) -> bool:
+    return True
+
+
+def dtype_on(device: str) -> torch.dtype:
+    """What a model computes in there."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def begin(plan: Plan) -> dict[str, Weights]:
+    """Begin to read the model's parts, one after another, and return at once.
+
+    This needs no more than torch, so that it can go on while diffusers is imported. The parts are
+    for the functions below.
+    """
+    folder, dtype = Path(plan.source), dtype_on(plan.device)
+    one = ThreadPoolExecutor(1, thread_name_prefix="klein-weights")
+    parts = (
+        ("text_encoder", plan.read_to, _layers_below(OUT_LAYERS[-1])),
+        ("vae", plan.read_to, _everything),
+        ("transformer", plan.transformer_to, _everything),
+    )
+    begun = {
+        name: one.submit(_read_aloud, folder / name, exact(where), dtype, wanted)
+        for name, where, wanted in parts
+    }
+    one.shutdown(wait=False)
+    return begun
+
+
+def transformer(
+    folder: Path, device: Device, dtype: torch.dtype, weights: Weights | None = None
+) -> Any:
+    """The Flux2Transformer2DModel in `folder` on `device`, for inference; raises as `_load`.
+
+    `weights` are those that were begun to be read; here as below.
+    """
+    build = partial(_empty_diffusers, "Flux2Transformer2DModel", folder)
+    return _load(folder, device, dtype, build, weights=weights)
+
+
+def vae(folder: Path, device: Device, dtype: torch.dtype, weights: Weights | None = None) -> Any:
+    """The AutoencoderKLFlux2 in `folder` on `device`, for inference; raises as `_load`."""
+    build = partial(_empty_diffusers, "AutoencoderKLFlux2", folder)
+    return _load(folder, device, dtype, build, weights=weights)
+
+
+def text_encoder(
+    folder: Path,
+    config: Any,
+    device: Device,
+    dtype: torch.dtype,
+    weights: Weights | None = None,
+) -> Any:
+    """The Qwen3ForCausalLM of `config` with weights from `folder`, for inference.
+
+    Layers that `config` does not count are not read, nor are the head and the last norm, which are
+    Identity: what is left gives the hidden states up to the last layer, unnormed. Raises as
+    `_load`.
+    """
+    build = partial(_empty_text_encoder, config, dtype)
+    wanted = _layers_below(config.num_hidden_layers)
+    return _load(folder, device, dtype, build, wanted, weights)
+
+
+# -- models ------------------------------------------------------------------------------------
+
+
+def _load(
+    folder: Path,
+    device: Device,
+    dtype: torch.dtype,
+    build: Callable[[], Any],
+    wanted: Wanted = _everything,
+    weights: Weights | None = None,
+) -> Any:
+    """The model that `build` makes without weights, with them; it is built while they are read.
+
+    Raises ValueError for damaged or quantised weights, and for missing ones with their names;
+    RuntimeError for shapes that are not the configuration's.
+    """
+    device = exact(device)
+    with ThreadPoolExecutor(1, thread_name_prefix="klein-weights") as background:
+        weights = weights or background.submit(read, folder, device, dtype, wanted)
+        model = build()
+        missing, _ = model.load_state_dict(weights.result(), strict=False, assign=True)
+    if missing:
+        raise ValueError(
+            f"the weights in {folder.name} lack {len(missing)} tensors, {', '.join(missing[:3])} "
+            "among them: download them again, or take the config.json that belongs to them"
+        )
+    return model.to(device).requires_grad_(False).eval()
+
+
+def _empty_diffusers(kind: str, folder: Path) -> Any:
+    """A model of diffusers as config.json says, its parameters on the meta device."""
+    import diffusers
+
+    made = getattr(diffusers, kind)
+    config = made.load_config(folder)
+    if config.get("quantization_config"):
+        raise _quantised(kind)
+    with _without_weights():
+        return made.from_config(config)
+
+
+def _empty_text_encoder(config: Any, dtype: torch.dtype) -> Any:
+    """The text encoder with parameters on the meta device and real buffers: no file holds those."""
+    from transformers import AutoModelForCausalLM
+
+    if getattr(config, "quantization_config", None):
+        raise _quantised("text encoder")
+    with _without_weights():
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    model.model.norm = torch.nn.Identity()
+    model.lm_head = torch.nn.Identity()
+    return model
+
+
+def _without_weights() -> AbstractContextManager[None]:
+    """Models made inside have their parameters on the meta device, and real buffers."""
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+
+    made: AbstractContextManager[None] = init_empty_weights(include_buffers=False)
+    return made
+
+
+def _quantised(what: str) -> ValueError:
+    return ValueError(f"this {what} is quantised: use the model's bfloat16 weights")
+
+
+def _layers_below(count: int) -> Wanted:
+    """Every tensor of the text encoder but the head, the last norm and layers from `count` on."""
+    layer = re.compile(r"model\.layers\.(\d+)\.")
+
+    def wanted(name: str) -> bool:
+        found = layer.match(name)
+        if found:
+            return int(found[1]) < count
+        return not name.startswith(("lm_head.", "model.norm."))
+
+    return wanted
+
+
+# -- files -------------------------------------------------------------------------------------
+
+
+# -- chunks ------------------------------------------------------------------------------------

@@ -1,0 +1,15 @@
+"""One LoRA of a request, as the request names it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSpec:
+    """One LoRA of a request. `scale` 1.0 is as trained, None the file's own default;
+    `trigger` "auto" puts a missing trigger word in front of the prompt."""
+
+    path: str
+    scale: float | None = None
+    weight_name: str | None = None
+    revision: str | None = None
+    trigger: str = "off"

@@ -1,0 +1,58 @@
+"""Writes pictures as bytes with a text inside, and reads that text back.
+
+PNG carries it in the `parameters` text chunk, JPEG and WebP in the EXIF user comment: the places
+where A1111, Civitai and their kin look.
+"""
+
+import io
+from typing import TYPE_CHECKING
+
+from klein.errors import InvalidRequest
+from klein.request.formats import OutputFormat
+
+if TYPE_CHECKING:
+    from PIL.Image import Exif, Image
+
+_EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
+_UNICODE = b"UNICODE\x00"
+
+
+def encode(image: "Image", fmt: OutputFormat, quality: int, text: str) -> bytes:
+    """The file's bytes. `quality` 1 to 100 acts on jpeg and webp; webp at 100 is lossless."""
+    from PIL import PngImagePlugin
+
+    out = io.BytesIO()
+    if fmt.name == "png":
+        info = PngImagePlugin.PngInfo()
+        info.add_text("parameters", text)
+        image.save(out, "PNG", pnginfo=info, compress_level=4)
+    elif fmt.name == "jpeg":
+        image.save(out, "JPEG", quality=quality, subsampling=0, exif=_exif(text))
+    else:
+        image.save(out, "WEBP", quality=quality, lossless=quality == 100, exif=_exif(text))
+    return out.getvalue()
+
+
+def read_text(data: bytes) -> str:
+    """The text inside a picture; raises InvalidRequest for a file without one."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            text = image.info.get("parameters")
+            comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT, b"")
+    except (UnidentifiedImageError, OSError, ValueError) as error:
+        raise InvalidRequest("this file is not a picture that can be read") from error
+    if isinstance(text, str):
+        return text
+    if isinstance(comment, bytes) and comment.startswith(_UNICODE):
+        return comment.removeprefix(_UNICODE).decode("utf-16-be")
+    raise InvalidRequest("this picture has no generation parameters inside")
+
+
+def _exif(text: str) -> "Exif":
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _UNICODE + text.encode("utf-16-be")
+    return exif

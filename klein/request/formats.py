@@ -1,0 +1,33 @@
+"""The picture formats: one row each."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFormat:
+    """How a picture is written. `quality` is False for formats that ignore `output_quality`."""
+
+    name: str
+    mime_type: str
+    extension: str
+    quality: bool
+    note: str
+
+
+FORMATS: dict[str, OutputFormat] = {
+    row.name: row
+    for row in (
+        OutputFormat("png", "image/png", "png", False, "exact; the largest"),
+        OutputFormat("jpeg", "image/jpeg", "jpg", True, "small; opens everywhere"),
+        OutputFormat("webp", "image/webp", "webp", True, "smaller still; 100 is lossless"),
+    )
+}
+
+FORMAT_ALIASES = {"jpg": "jpeg"}
+DEFAULT_FORMAT = "png"
+DEFAULT_QUALITY = 95
+
+RETURN_TYPES = {
+    "base64": "the picture's bytes in the answer",
+    "url": "a link into your bucket (needs KLEIN_S3_…)",
+}

@@ -1,0 +1,175 @@
+"""From a request to parameters. Pure: the model's row and the random source are passed in."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from klein.core import GenerationParams
+from klein.errors import InvalidRequest, LoraError
+from klein.lora.file import LoraFile
+from klein.lora.spec import LoraSpec
+from klein.models import sizes
+from klein.models.catalog import ModelSpec
+from klein.request.presets import DEFAULT_PRESET, PRESETS, Preset
+from klein.request.schema import MAX_LORAS, SCALE_RANGE, GenerateRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """The parameters, and a sentence for each thing that was changed on the way to them."""
+
+    params: GenerationParams
+    warnings: tuple[str, ...]
+
+
+def resolve(
+    request: GenerateRequest,
+    model: ModelSpec,
+    draw_seed: Callable[[], int],
+    *,
+    prompt_loras: bool = False,
+) -> Resolved:
+    """Fill what `request` leaves open: its own values first, then a distilled model's, then the
+    preset's. Raises InvalidRequest for a size no picture can have.
+
+    With `prompt_loras`, `<lora:name:0.8>` in the prompt is a LoRA and is taken out of it.
+    """
+    preset = PRESETS[request.preset or DEFAULT_PRESET]
+    warnings: list[str] = []
+    prompt, named = _prompt_loras(request.prompt) if prompt_loras else (request.prompt, ())
+    loras = (*_loras(request, warnings), *named)
+    if len(loras) > MAX_LORAS:
+        raise InvalidRequest(f"loras: {len(loras)} are too many, {MAX_LORAS} are the most")
+    width, height = _size(request, preset, model, warnings)
+    params = GenerationParams(
+        prompt=prompt,
+        negative_prompt=request.negative_prompt or "",
+        preset=preset.name,
+        width=width,
+        height=height,
+        num_inference_steps=_first(
+            request.num_inference_steps, model.num_inference_steps, preset.num_inference_steps
+        ),
+        guidance_scale=_guidance(request, preset, model, warnings),
+        seed=_first(request.seed, draw_seed() if request.seed is None else None),
+        num_images=request.num_images,
+        loras=loras,
+        lora_error=request.lora_error,
+        schedule=_first(request.schedule, preset.schedule),
+        max_sequence_length=_sequence(request, preset, model, warnings),
+        output_format=request.output_format,
+        output_quality=request.output_quality,
+        return_type=request.return_type,
+    )
+    return Resolved(params, tuple(warnings))
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
+
+
+def _size(
+    request: GenerateRequest, preset: Preset, model: ModelSpec, warnings: list[str]
+) -> tuple[int, int]:
+    own = sizes.scale_to(preset.width, preset.height, model.native_size)
+    asked = (_first(request.width, own[0]), _first(request.height, own[1]))
+    size = (sizes.nearest(asked[0]), sizes.nearest(asked[1]))
+    if why := sizes.fault(*asked) or sizes.fault(*size):
+        field = "height" if request.width is None else "width"
+        raise InvalidRequest(f"{field}: {why}", field=field)
+    if size != asked:
+        warnings.append(
+            f"size {asked[0]}×{asked[1]} was rounded to {size[0]}×{size[1]}: "
+            f"sides are multiples of {sizes.MULTIPLE}"
+        )
+    if not model.needs_gpu and size[0] * size[1] > 2 * model.native_size**2:
+        warnings.append(
+            f"{size[0]}×{size[1]} is far above {model.native_size}×{model.native_size}, "
+            f"which {model.name} was trained on: shapes can break"
+        )
+    return size
+
+
+def _guidance(
+    request: GenerateRequest, preset: Preset, model: ModelSpec, warnings: list[str]
+) -> float:
+    guidance = float(_first(request.guidance_scale, model.guidance_scale, preset.guidance_scale))
+    if model.distilled and guidance > 1:
+        warnings.append(
+            f"guidance_scale {guidance:g} has no effect: {model.name} is distilled and draws at 1"
+        )
+        guidance = 1.0
+    if guidance <= 1 and request.negative_prompt:
+        warnings.append(
+            "negative_prompt has no effect: it acts only while guidance_scale is above 1"
+        )
+    return guidance
+
+
+def _sequence(
+    request: GenerateRequest, preset: Preset, model: ModelSpec, warnings: list[str]
+) -> int:
+    if (request.max_sequence_length or 0) > model.max_sequence_length:
+        warnings.append(
+            f"max_sequence_length {request.max_sequence_length} was lowered to "
+            f"{model.max_sequence_length}, the most {model.name} was made for"
+        )
+    wanted: int = _first(request.max_sequence_length, preset.max_sequence_length)
+    return min(wanted, model.max_sequence_length)
+
+
+def _loras(request: GenerateRequest, warnings: list[str]) -> tuple[LoraSpec, ...]:
+    specs = [LoraSpec(**lora.model_dump()) for lora in request.loras]
+    if request.lora_path:
+        specs.append(LoraSpec(request.lora_path, request.lora_scale))
+    elif request.lora_scale not in (None, 1.0):
+        warnings.append(
+            "lora_scale has no effect without lora_path: in `loras` each entry has its own scale"
+        )
+    return tuple(specs)
+
+
+_IN_PROMPT = re.compile(r"<lora:([^:<>]+)(?::([^:<>]*))?>")
+
+
+def _prompt_loras(prompt: str) -> tuple[str, tuple[LoraSpec, ...]]:
+    """The prompt without `<lora:name:scale>`, and the LoRAs it named."""
+    named = []
+    for name, scale in _IN_PROMPT.findall(prompt):
+        low, high = SCALE_RANGE
+        try:
+            value = float(scale) if scale else None
+        except ValueError:
+            value = high + 1
+        if value is not None and not low <= value <= high:
+            raise InvalidRequest(
+                f"prompt: <lora:{name}:{scale}> needs a number from {low:g} to {high:g}",
+                field="prompt",
+            )
+        path = name if "/" in name or name.endswith(".safetensors") else f"{name}.safetensors"
+        named.append(LoraSpec(path, value))
+    rest = re.sub(r"\s{2,}", " ", _IN_PROMPT.sub("", prompt)).strip(" ,")
+    if not rest:
+        raise InvalidRequest("prompt: there is nothing but LoRAs in it", field="prompt")
+    return rest if named else prompt, tuple(named)
+
+
+def settle_loras(params: GenerationParams, found: Sequence[LoraFile | LoraError]) -> Resolved:
+    """What only the files know: a scale left open is the file's own, and a LoRA with trigger
+    "auto" puts its trigger word in front of a prompt that lacks it."""
+    specs, warnings, prompt = [], [], params.prompt
+    for spec, file in zip(params.loras, found, strict=True):
+        own = file.card.scale if isinstance(file, LoraFile) else None
+        scale = _first(spec.scale, own, 1.0)
+        if spec.scale is None and own is not None:
+            warnings.append(f"{spec.path} acts at {own:g}, the scale kept beside it")
+        specs.append(replace(spec, scale=scale))
+        if spec.trigger != "auto" or not isinstance(file, LoraFile):
+            continue
+        if file.trigger is None:
+            warnings.append(f"{spec.path} has no trigger word that could be put into the prompt")
+        elif file.trigger.lower() not in prompt.lower():
+            prompt = f"{file.trigger}, {prompt}"
+            warnings.append(f"the trigger word {file.trigger!r} was put in front of the prompt")
+    return Resolved(replace(params, loras=tuple(specs), prompt=prompt), tuple(warnings))

@@ -1,0 +1,185 @@
+"""The wire shape of a request: every field typed and bounded, unknown keys refused."""
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from klein.errors import InvalidRequest, unknown
+from klein.models.schedule import MU_RANGE, SCHEDULES
+from klein.request import formats, presets
+
+MAX_LORAS = 8
+SCALE_RANGE = (-4.0, 4.0)
+MAX_PROMPT = 5000
+"""Characters; what the encoder reads of a prompt is about half of that."""
+
+
+def _one_of(kind: str, names: Iterable[str], aliases: dict[str, str] | None = None) -> Any:
+    known = list(names)
+
+    def check(value: str) -> str:
+        value = (aliases or {}).get(value, value)
+        if value not in known:
+            raise PydanticCustomError("unknown_name", "{why}", {"why": unknown(kind, value, known)})
+        return value
+
+    return Annotated[str, AfterValidator(check), WithJsonSchema({"type": "string", "enum": known})]
+
+
+def _schedule(value: Any) -> str | float:
+    """A name from SCHEDULES or mu; numbers in text are taken, as the command line sends them."""
+    if isinstance(value, str):
+        if value in SCHEDULES:
+            return value
+        try:
+            value = float(value)
+        except ValueError:
+            why = unknown("schedule", value, [*SCHEDULES, "a number (mu)"])
+            raise PydanticCustomError("unknown_name", "{why}", {"why": why}) from None
+    low, high = MU_RANGE
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise PydanticCustomError(
+            "schedule",
+            "a schedule is a name or mu, a number from {low} to {high}",
+            {"low": low, "high": high},
+        )
+    return float(value)
+
+
+def _none_if_blank(value: Any) -> Any:
+    return None if isinstance(value, str) and not value.strip() else value
+
+
+PresetName = _one_of("preset", presets.PRESETS)
+FormatName = _one_of("format", formats.FORMATS, formats.FORMAT_ALIASES)
+ReturnType = _one_of("return_type", formats.RETURN_TYPES)
+ScheduleField = Annotated[
+    str | float,
+    BeforeValidator(_schedule),
+    WithJsonSchema({"anyOf": [{"type": "string", "enum": list(SCHEDULES)}, {"type": "number"}]}),
+]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_unknown_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            known = list(cls.model_fields)
+            for key in data:
+                if key not in known:
+                    why = unknown("field", str(key)[:80], known)
+                    raise PydanticCustomError("unknown_field", "{why}", {"why": why})
+        return data
+
+
+class LoraRequest(_Strict):
+    """One LoRA: a file in the LoRA folder or a Hub repository."""
+
+    path: str = Field(
+        min_length=1,
+        max_length=2000,
+        description="`name.safetensors` in the LoRA folder, `owner/repo[@revision]` on the Hub, "
+        "an https address, or `civitai:VERSION`",
+    )
+    scale: float | None = Field(
+        None,
+        ge=SCALE_RANGE[0],
+        le=SCALE_RANGE[1],
+        description="1 is as trained; the file's own default if left out",
+    )
+    weight_name: str | None = Field(
+        None, max_length=500, description="which file of a Hub repository that has several"
+    )
+    revision: str | None = Field(None, max_length=200, description="Hub commit, tag or branch")
+    trigger: Literal["off", "auto"] = Field(
+        "off", description="`auto` puts its trigger word in front of a prompt that lacks it"
+    )
+
+
+class GenerateRequest(_Strict):
+    """A picture to make. Fields left out or null are filled by the preset or the model."""
+
+    prompt: str = Field(
+        min_length=1, max_length=MAX_PROMPT, description="what to draw; put the trigger word in it"
+    )
+    negative_prompt: str | None = Field(
+        None,
+        max_length=MAX_PROMPT,
+        description="what to keep out; acts while guidance_scale is above 1",
+    )
+    preset: PresetName | None = Field(  # type: ignore[valid-type]
+        None, description=f"named defaults; `{presets.DEFAULT_PRESET}` if left out"
+    )
+    width: int | None = Field(
+        None, ge=1, le=8192, description="pixels; rounded to a multiple of 16, at least 64"
+    )
+    height: int | None = Field(
+        None, ge=1, le=8192, description="pixels; at most 4 megapixels in all, sides at most 8:1"
+    )
+    num_inference_steps: int | None = Field(None, ge=1, le=100, description="denoising steps")
+    guidance_scale: float | None = Field(
+        None, ge=0, le=20, description="prompt adherence; 1 or less halves the work"
+    )
+    seed: int | None = Field(
+        None, ge=0, le=2**32 - 1, description="same seed, same picture; random if left out"
+    )
+    num_images: int = Field(1, ge=1, le=4, description="pictures, with seeds seed, seed+1, …")
+    loras: list[LoraRequest] = Field(
+        [], max_length=MAX_LORAS, description="LoRAs with their scales, applied together"
+    )
+    lora_error: Literal["continue", "fail"] = Field(
+        "continue", description="when a LoRA fails: draw without it and say so, or refuse"
+    )
+    schedule: ScheduleField | None = Field(
+        None, description="time shift: a name, or a number taken as mu"
+    )
+    max_sequence_length: int | None = Field(
+        None, ge=16, le=512, description="prompt tokens read; part of a picture's identity"
+    )
+    output_format: FormatName = Field(  # type: ignore[valid-type]
+        formats.DEFAULT_FORMAT, description="picture format"
+    )
+    output_quality: int = Field(
+        formats.DEFAULT_QUALITY, ge=1, le=100, description="of jpeg and webp"
+    )
+    return_type: ReturnType = Field(  # type: ignore[valid-type]
+        "base64", description="how JSON answers carry pictures"
+    )
+    lora_path: Annotated[str | None, BeforeValidator(_none_if_blank)] = Field(
+        None, max_length=2000, description="klein's predecessor's way to name one LoRA"
+    )
+    lora_scale: float | None = Field(
+        None, ge=SCALE_RANGE[0], le=SCALE_RANGE[1], description="the scale of `lora_path`"
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> "GenerateRequest":
+        if not self.prompt.strip():
+            raise PydanticCustomError("blank_prompt", "prompt: say what to draw")
+        return self
+
+
+def parse(data: Any) -> GenerateRequest:
+    """`data` as a request; raises InvalidRequest that names the field and the way out."""
+    try:
+        return GenerateRequest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        message = f"{field}: {first['msg']}{more}" if field else f"{first['msg']}{more}"
+        raise InvalidRequest(message, field=field or None) from error
