@@ -5,7 +5,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from klein.errors import Cancelled, DeadlineExceeded, KleinError, LoraError
 from klein.lora.file import LoraFile
@@ -23,7 +23,7 @@ SEEDS = 2**32
 
 @dataclass(frozen=True, slots=True)
 class GenerationParams:
-    """What will happen: everything decided. Sizes are pixels; image i has seed `seed + i`."""
+    """What will be drawn: everything decided. Sizes are pixels; image i has seed `seed + i`."""
 
     prompt: str
     negative_prompt: str
@@ -36,8 +36,15 @@ class GenerationParams:
     num_images: int
     loras: tuple[LoraSpec, ...]
     lora_error: Literal["continue", "fail"]
+    sampler: str
     schedule: Schedule
     max_sequence_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """How images leave: a name from FORMATS, its quality (1 to 100), a name from RETURN_TYPES."""
+
     output_format: str
     output_quality: int
     return_type: str
@@ -69,7 +76,7 @@ class LoraReport:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedImage:
-    """One picture, RGB, of the size in the parameters."""
+    """One image, RGB, of the size in the parameters."""
 
     seed: int
     image: "Image"
@@ -92,8 +99,21 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds by stage; `queue` is everything between a request's arrival and its first stage on
+    the device, `total` the whole."""
+
+    queue: float = 0.0
+    text: float = 0.0
+    lora: float = 0.0
+    denoise: float = 0.0
+    decode: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """What happened. `mu` and `sigmas` are those of the run; `timings` are seconds by stage."""
+    """What happened. `mu` and `sigmas` are those of the run, `forwards` the transformer's."""
 
     id: str
     params: GenerationParams
@@ -102,14 +122,14 @@ class GenerationResult:
     mu: float
     sigmas: tuple[float, ...]
     forwards: int
-    timings: dict[str, float]
+    timings: Timings
     warnings: tuple[str, ...]
     model: ModelInfo
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Step `step` of `steps` of picture `image` of `images`, all counted from 1; while a LoRA is
+    """Step `step` of `steps` of image `image` of `images`, all counted from 1; while a LoRA is
     fetched `stage` is "fetch" and the steps are bytes."""
 
     step: int
@@ -125,30 +145,31 @@ class Progress:
         return min(1.0, done / max(1, self.steps * self.images))
 
 
-@dataclass(slots=True)
-class Job:
-    """One request on its way. `deadline` is on the clock of `time.monotonic`."""
+@dataclass(frozen=True, slots=True)
+class RequestContext:
+    """What goes with one request from its arrival to its answer: who it is, how long it may take,
+    whether its caller gave it up, and who wants to hear of its progress.
 
-    params: GenerationParams
+    `deadline` and `submitted` are on the clock of `time.monotonic`; `on_progress` is called in any
+    thread.
+    """
+
     deadline: float
-    warnings: tuple[str, ...] = ()
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
     on_progress: Callable[[Progress], None] = lambda _: None
     submitted: float = field(default_factory=time.monotonic)
-    loras: tuple[LoraFile | LoraError, ...] | None = None
-    """What `params.loras` turned out to be; set by `ImagePipeline.prepare`."""
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
-        """Ask the job to stop; it does so at its next step, or never starts."""
+        """Ask the work to stop; it does so at its next step, or never starts."""
         self._cancelled.set()
 
     @property
     def over(self) -> KleinError | None:
-        """Why the job must not go on, or None."""
+        """Why the work must not go on, or None."""
         if self._cancelled.is_set():
             return Cancelled("the job was cancelled")
-        if time.monotonic() > self.deadline:
+        if time.monotonic() >= self.deadline:
             return DeadlineExceeded(
                 "the job ran out of time: ask for fewer steps or a smaller picture, "
                 "or raise KLEIN_TIMEOUT"
@@ -156,13 +177,9 @@ class Job:
         return None
 
     def check(self) -> None:
-        """Raise Cancelled or DeadlineExceeded if the job must stop."""
+        """Raise Cancelled or DeadlineExceeded if the work must stop."""
         if error := self.over:
             raise error
-
-    def fetching(self, have: int, total: int | None) -> None:
-        """Tell the caller about bytes of a LoRA on their way, then check."""
-        self.report(Progress(have, total or have, 1, 1, stage="fetch"))
 
     def report(self, progress: Progress) -> None:
         """Tell the caller about a finished step, then check."""
@@ -170,17 +187,37 @@ class Job:
         self.check()
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a pipeline is to draw: `params` with everything settled, the files that `params.loras`
+    led to (or why one could not be had), and what was changed on the way here."""
+
+    context: RequestContext
+    params: GenerationParams
+    loras: tuple[LoraFile | LoraError, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineStats:
+    """A pipeline now: why its tier is no faster one, GPU kernels compiled since the start, and
+    bytes of GPU memory (None without a GPU)."""
+
+    speed_why: str = ""
+    kernels_compiled: int = 0
+    gpu_memory_free: int | None = None
+    gpu_memory_total: int | None = None
+
+
 class ImagePipeline(Protocol):
     """What an engine drives. One job at a time; after an exception the next job finds it clean."""
 
     info: ModelInfo
 
-    def prepare(self, job: Job) -> None:
-        """Do for `job` what needs no GPU, such as fetching LoRAs; in any thread, many at once."""
+    def generate(self, job: Job) -> GenerationResult:
+        """Draw the images of `job`; raises a KleinError."""
         ...
 
-    def generate(self, job: Job) -> GenerationResult: ...
-
-    def facts(self) -> dict[str, Any]:
-        """What is worth knowing of the pipeline now, such as memory in use."""
+    def stats(self) -> PipelineStats:
+        """What is worth knowing of the pipeline now; callable from any thread."""
         ...

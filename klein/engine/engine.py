@@ -1,11 +1,10 @@
 """One GPU: a bounded queue and one worker thread that owns the pipeline.
 
-A job's way: `submit` refuses at once when the queue is full · what needs no GPU, such as fetching a
-LoRA, is done beside the worker, and jobs that are ready go first · the worker takes it · every
+A job's way: `submit` refuses at once when the queue is full · the worker takes the oldest · every
 step checks its deadline and its cancel flag · its future gets the result or a KleinError.
 
 A job that runs out of memory did so twice, for the pipeline frees what it can and tries again: the
-worker is sick from then on, answers what it owes and waits to be replaced by its door.
+worker is unhealthy from then on, answers what it owes and waits to be replaced by its entrypoint.
 """
 
 import asyncio
@@ -13,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 from klein.core import GenerationResult, ImagePipeline, Job
 from klein.errors import InternalError, KleinError, NotReady, OutOfMemory, QueueFull
 
-log = logging.getLogger("bentoml.klein")
+log = logging.getLogger(__name__)
 
 
 class State(StrEnum):
@@ -29,28 +28,35 @@ class State(StrEnum):
 
     LOADING = "loading"
     READY = "ready"
-    SICK = "sick"
+    UNHEALTHY = "unhealthy"
     FAILED = "failed"
     STOPPED = "stopped"
 
 
 REFUSALS = {
-    State.SICK: "this worker ran out of GPU memory twice and is being replaced: "
+    State.UNHEALTHY: "this worker ran out of GPU memory twice and is being replaced: "
     "try again in a minute",
     State.STOPPED: "klein is shutting down: try another worker",
 }
 """Why a worker whose model is loaded takes no jobs."""
-PREPARERS = 4
-"""Threads that fetch for waiting jobs."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The state and its queue now."""
+
+    state: str
+    waiting: int
+    running: bool
+    queue_size: int
 
 
 @dataclass(eq=False, slots=True)
 class _Entry:
-    """A job in the queue; the worker takes the first that is ready."""
+    """A job in the queue."""
 
     job: Job
     future: "Future[GenerationResult]"
-    ready: bool
 
 
 class Engine:
@@ -62,15 +68,14 @@ class Engine:
         *,
         queue_size: int,
         on_load_failed: Callable[[KleinError], None] = lambda _: None,
-        on_sick: Callable[[KleinError], None] = lambda _: None,
+        on_unhealthy: Callable[[KleinError], None] = lambda _: None,
     ) -> None:
-        """`on_sick` is called once, in the worker thread, when all futures have their outcome."""
+        """`on_unhealthy` is called once, in the worker thread, when all futures have their outcome."""
         self._load = load
         self._on_load_failed = on_load_failed
-        self._on_sick = on_sick
+        self._on_unhealthy = on_unhealthy
         self._queue_size = queue_size
         self._waiting: list[_Entry] = []
-        self._preparers = ThreadPoolExecutor(PREPARERS, "klein-prepare")
         self._running: Job | None = None
         self._wake = threading.Condition()
         self._loaded = threading.Event()
@@ -89,13 +94,11 @@ class Engine:
         with self._wake:
             self.state = State.STOPPED
             for entry in self._waiting:
-                entry.job.cancel()
-                entry.ready = True
+                entry.job.context.cancel()
             if self._running:
-                self._running.cancel()
+                self._running.context.cancel()
             self._wake.notify_all()
         self._thread.join()
-        self._preparers.shutdown(wait=False, cancel_futures=True)
 
     def wait_ready(self, timeout: float | None = None) -> ImagePipeline:
         """Block until the model is loaded; raises why it could not be."""
@@ -111,45 +114,55 @@ class Engine:
             raise self.error or NotReady("the model is still loading: try again in a minute")
         return self._pipeline
 
-    def facts(self) -> dict[str, Any]:
-        """State of the queue."""
+    def stats(self) -> EngineStats:
+        """State and queue now."""
         with self._wake:
-            return {
-                "state": str(self.state),
-                "waiting": len(self._waiting),
-                "running": self._running is not None,
-                "queue_size": self._queue_size,
-            }
+            return EngineStats(
+                str(self.state), len(self._waiting), self._running is not None, self._queue_size
+            )
 
-    def submit(self, job: Job) -> Future[GenerationResult]:
-        """Queue `job`; raises NotReady or QueueFull at once."""
+    def require_place(self) -> None:
+        """Raise NotReady or QueueFull if a job submitted now would be refused."""
         _ = self.pipeline
         with self._wake:
-            if why := REFUSALS.get(self.state):
-                raise NotReady(why)
-            if len(self._waiting) >= self._queue_size:
-                raise QueueFull(
-                    f"{self._queue_size} jobs are waiting already: try again later, "
-                    "or raise KLEIN_QUEUE_SIZE"
-                )
-            entry = _Entry(job, Future(), ready=not job.params.loras)
+            self._require_place()
+
+    def _require_place(self) -> None:
+        self._require_ready()
+        if len(self._waiting) >= self._queue_size:
+            raise QueueFull(
+                f"{self._queue_size} jobs are waiting already: try again later, "
+                "or raise KLEIN_QUEUE_SIZE"
+            )
+
+    def _require_ready(self) -> None:
+        if why := REFUSALS.get(self.state):
+            raise NotReady(why)
+
+    def submit(self, job: Job, *, admitted: bool = False) -> Future[GenerationResult]:
+        """Queue `job`; raises NotReady or QueueFull at once.
+
+        One that was `admitted` earlier, and fetched LoRAs since, finds a place in a full queue.
+        """
+        _ = self.pipeline
+        with self._wake:
+            (self._require_ready if admitted else self._require_place)()
+            entry = _Entry(job, Future())
             self._waiting.append(entry)
             self._wake.notify_all()
-        if not entry.ready:
-            self._preparers.submit(self._prepare, entry)
         return entry.future
 
-    async def run(self, job: Job) -> GenerationResult:
+    async def run(self, job: Job, *, admitted: bool = False) -> GenerationResult:
         """Submit and wait. Cancelling the waiter cancels the job and waits for the GPU.
 
         A job whose deadline passes while it waits in the queue fails then, not when its turn comes.
         """
-        waiter = asyncio.wrap_future(self.submit(job))
+        waiter = asyncio.wrap_future(self.submit(job, admitted=admitted))
         try:
-            done, _ = await asyncio.wait({waiter}, timeout=job.deadline - time.monotonic())
-            if not done:
-                self._drop(job)
-                await asyncio.wait({waiter})
+            while not waiter.done() and (left := job.context.deadline - time.monotonic()) > 0:
+                await asyncio.wait({waiter}, timeout=left)
+            self._drop(job)
+            await asyncio.wait({waiter})
         except asyncio.CancelledError:
             self.cancel(job)
             await asyncio.wait({waiter})
@@ -159,34 +172,18 @@ class Engine:
 
     def cancel(self, job: Job) -> None:
         """Stop `job` within one step, or take it out of the queue."""
-        job.cancel()
+        job.context.cancel()
         self._drop(job)
 
     def _drop(self, job: Job) -> None:
         """Fail a job that is over and still in the queue."""
         with self._wake:
             entry = next((entry for entry in self._waiting if entry.job is job), None)
-            if entry is None or job.over is None:
+            over = job.context.over
+            if entry is None or over is None:
                 return
             self._waiting.remove(entry)
-            entry.future.set_exception(job.over)
-
-    def _prepare(self, entry: _Entry) -> None:
-        """Make `entry` ready; a fault on the way is the worker's to tell, as any other."""
-        fault = None
-        try:
-            entry.job.check()
-            self.pipeline.prepare(entry.job)
-        except KleinError as error:
-            fault = error
-        except Exception as error:
-            fault = self._unknown(entry.job, error)
-        with self._wake:
-            entry.ready = True
-            if fault and entry in self._waiting:
-                self._waiting.remove(entry)
-                entry.future.set_exception(fault)
-            self._wake.notify_all()
+        entry.future.set_exception(over)
 
     # -- the worker thread ---------------------------------------------------------------------
 
@@ -215,21 +212,21 @@ class Engine:
 
     def _take(self) -> _Entry | None:
         with self._wake:
-            while not (entry := next((e for e in self._waiting if e.ready), None)):
+            while not self._waiting:
                 if self.state is State.STOPPED:
                     return None
                 self._wake.wait()
-            self._waiting.remove(entry)
+            entry = self._waiting.pop(0)
             self._running = entry.job
             return entry
 
     def _run(self, entry: _Entry) -> None:
         job, future = entry.job, entry.future
         try:
-            job.check()
+            job.context.check()
             result = self.pipeline.generate(job)
         except OutOfMemory as error:
-            waiting = self._fall_sick()
+            waiting = self._become_unhealthy()
             self._settle(future.set_exception, error)
             self._turn_away(waiting, error)
         except KleinError as error:
@@ -239,26 +236,28 @@ class Engine:
         else:
             self._settle(future.set_result, result)
 
-    def _fall_sick(self) -> list[_Entry]:
+    def _become_unhealthy(self) -> list[_Entry]:
         """Take no more jobs, unless klein is stopping anyway; the jobs that wait."""
         with self._wake:
             if self.state is State.STOPPED:
                 return []
-            self.state = State.SICK
+            self.state = State.UNHEALTHY
             waiting, self._waiting = self._waiting, []
             return waiting
 
     def _turn_away(self, waiting: list[_Entry], error: OutOfMemory) -> None:
-        """Refuse who waits, end their fetching, and ask the door for another worker."""
+        """Refuse who waits, and ask the entrypoint for another worker."""
         for entry in waiting:
-            entry.job.cancel()
-            entry.future.set_exception(NotReady(REFUSALS[State.SICK]))
-        if self.state is State.SICK:
-            self._on_sick(error)
+            entry.job.context.cancel()
+            entry.future.set_exception(NotReady(REFUSALS[State.UNHEALTHY]))
+        if self.state is State.UNHEALTHY:
+            self._on_unhealthy(error)
 
     def _unknown(self, job: Job, error: Exception) -> InternalError:
-        log.error("job %s failed", job.id, exc_info=error)
-        return InternalError(f"{type(error).__name__} inside klein: see its log for {job.id}")
+        log.error("job %s failed", job.context.id, exc_info=error)
+        return InternalError(
+            f"{type(error).__name__} inside klein: see its log for {job.context.id}"
+        )
 
     def _settle(self, settle: Callable[[Any], None], outcome: Any) -> None:
         """The GPU is free before anybody hears of the outcome."""

@@ -51,7 +51,7 @@ WIDTHS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class LoraDefaults:
     """What an operator keeps beside a file: its own scale, its trigger word."""
 
     scale: float | None = None
@@ -74,7 +74,7 @@ class LoraFile:
     patches: tuple[Patch, ...]
     trigger_words: tuple[str, ...]
     training: Mapping[str, str]
-    card: Card = Card()
+    defaults: LoraDefaults = LoraDefaults()
 
     @property
     def base(self) -> str:
@@ -86,7 +86,7 @@ class LoraFile:
     @property
     def trigger(self) -> str | None:
         """The word that calls it: the card's, else the first in its metadata."""
-        return self.card.trigger or next(iter(self.trigger_words), None)
+        return self.defaults.trigger or next(iter(self.trigger_words), None)
 
     @property
     def rank(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from klein.errors import InvalidRequest, LoraError
 from klein.lora import file
-from klein.lora.file import Card, LoraFile
+from klein.lora.file import LoraDefaults, LoraFile
 from klein.lora.spec import LoraSpec
 from klein.settings import Secret
 from klein.sources import reference
@@ -258,11 +258,11 @@ def _hub_file(ref: HubFile, name: str, token: str | None) -> Path:
     return Path(hf_hub_download(ref.repo, name, revision=ref.revision, token=token))
 
 
-def card(path: Path) -> Card:
+def card(path: Path) -> LoraDefaults:
     """The defaults kept beside a LoRA: `scale` and `trigger` in a .toml file of the same name."""
     beside = path.with_suffix(".toml")
     if not beside.exists():
-        return Card()
+        return LoraDefaults()
     try:
         stored = tomllib.loads(beside.read_text())
         scale, trigger = stored.pop("scale", None), stored.pop("trigger", None)
@@ -274,7 +274,7 @@ def card(path: Path) -> Card:
             raise ValueError("only scale (a number) and trigger (a text) belong there")
     except (OSError, ValueError) as error:
         raise LoraError(f"{beside.name}: {error}") from error
-    return Card(None if scale is None else float(scale), trigger)
+    return LoraDefaults(None if scale is None else float(scale), trigger)
 
 
 def _verify(part: Path, ref: str, sha256: str | None) -> None:
@@ -290,7 +290,7 @@ def _verify(part: Path, ref: str, sha256: str | None) -> None:
 def _known(path: Path, name: str) -> LoraFile:
     stat = path.stat()
     found = _inspect(path, name, stat.st_mtime_ns, stat.st_size)
-    return replace(found, card=card(path))
+    return replace(found, defaults=card(path))
 
 
 @functools.lru_cache(maxsize=256)
@@ -316,6 +316,6 @@ def describe(found: LoraFile) -> dict[str, Any]:
         "rank": found.rank,
         "layers": len(found.patches),
         "trigger_words": list(found.trigger_words),
-        "defaults": asdict(found.card),
+        "defaults": asdict(found.defaults),
         "training": dict(found.training),
     }

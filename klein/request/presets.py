@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from klein.models.samplers import DEFAULT_SAMPLER
+
 
 @dataclass(frozen=True, slots=True)
 class Preset:
@@ -14,6 +16,7 @@ class Preset:
     width: int
     height: int
     schedule: str = "bfl"
+    sampler: str = DEFAULT_SAMPLER
     max_sequence_length: int = 512
 
 

@@ -1,13 +1,12 @@
 """From a request to parameters. Pure: the model's row and the random source are passed in."""
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from klein.core import GenerationParams
-from klein.errors import InvalidRequest, LoraError
-from klein.lora.file import LoraFile
+from klein.core import Delivery, GenerationParams
+from klein.errors import InvalidRequest
 from klein.lora.spec import LoraSpec
 from klein.models import sizes
 from klein.models.catalog import ModelSpec
@@ -17,9 +16,10 @@ from klein.request.schema import MAX_LORAS, SCALE_RANGE, GenerateRequest
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """The parameters, and a sentence for each thing that was changed on the way to them."""
+    """What will be drawn, how it leaves, and a sentence for each thing that was changed."""
 
     params: GenerationParams
+    delivery: Delivery
     warnings: tuple[str, ...]
 
 
@@ -56,13 +56,12 @@ def resolve(
         num_images=request.num_images,
         loras=loras,
         lora_error=request.lora_error,
+        sampler=_first(request.sampler, preset.sampler),
         schedule=_first(request.schedule, preset.schedule),
         max_sequence_length=_sequence(request, preset, model, warnings),
-        output_format=request.output_format,
-        output_quality=request.output_quality,
-        return_type=request.return_type,
     )
-    return Resolved(params, tuple(warnings))
+    delivery = Delivery(request.output_format, request.output_quality, request.return_type)
+    return Resolved(params, delivery, tuple(warnings))
 
 
 def _first(*values: Any) -> Any:
@@ -153,23 +152,3 @@ def _prompt_loras(prompt: str) -> tuple[str, tuple[LoraSpec, ...]]:
     if not rest:
         raise InvalidRequest("prompt: there is nothing but LoRAs in it", field="prompt")
     return rest if named else prompt, tuple(named)
-
-
-def settle_loras(params: GenerationParams, found: Sequence[LoraFile | LoraError]) -> Resolved:
-    """What only the files know: a scale left open is the file's own, and a LoRA with trigger
-    "auto" puts its trigger word in front of a prompt that lacks it."""
-    specs, warnings, prompt = [], [], params.prompt
-    for spec, file in zip(params.loras, found, strict=True):
-        own = file.card.scale if isinstance(file, LoraFile) else None
-        scale = _first(spec.scale, own, 1.0)
-        if spec.scale is None and own is not None:
-            warnings.append(f"{spec.path} acts at {own:g}, the scale kept beside it")
-        specs.append(replace(spec, scale=scale))
-        if spec.trigger != "auto" or not isinstance(file, LoraFile):
-            continue
-        if file.trigger is None:
-            warnings.append(f"{spec.path} has no trigger word that could be put into the prompt")
-        elif file.trigger.lower() not in prompt.lower():
-            prompt = f"{file.trigger}, {prompt}"
-            warnings.append(f"the trigger word {file.trigger!r} was put in front of the prompt")
-    return Resolved(replace(params, loras=tuple(specs), prompt=prompt), tuple(warnings))

@@ -16,6 +16,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from klein.errors import InvalidRequest, unknown
+from klein.models.samplers import DEFAULT_SAMPLER, SAMPLERS
 from klein.models.schedule import MU_RANGE, SCHEDULES
 from klein.request import formats, presets
 
@@ -63,6 +64,7 @@ def _none_if_blank(value: Any) -> Any:
 
 PresetName = _one_of("preset", presets.PRESETS)
 FormatName = _one_of("format", formats.FORMATS, formats.FORMAT_ALIASES)
+SamplerName = _one_of("sampler", SAMPLERS)
 ReturnType = _one_of("return_type", formats.RETURN_TYPES)
 ScheduleField = Annotated[
     str | float,
@@ -143,6 +145,9 @@ class GenerateRequest(_Strict):
     )
     lora_error: Literal["continue", "fail"] = Field(
         "continue", description="when a LoRA fails: draw without it and say so, or refuse"
+    )
+    sampler: SamplerName | None = Field(  # type: ignore[valid-type]
+        None, description=f"how steps are taken; `{DEFAULT_SAMPLER}` if left out"
     )
     schedule: ScheduleField | None = Field(
         None, description="time shift: a name, or a number taken as mu"

@@ -252,7 +252,7 @@ def test_a_card_beside_a_file(tmp_path: Path) -> None:
     card, library = tmp_path / "made.toml", LoraLibrary(tmp_path)
     card.write_text('scale = 0.8\ntrigger = "anna"\n')
     found = library.find(LoraSpec("made.safetensors"))
-    assert (found.card.scale, found.trigger) == (0.8, "anna")
+    assert (found.defaults.scale, found.trigger) == (0.8, "anna")
     for bad in ("scale = 'high'", "scael = 1", "scale ="):
         card.write_text(bad)
         with pytest.raises(LoraError, match=r"made\.toml"):

@@ -1,0 +1,109 @@
+"""What every entrypoint does with a request, once: resolve, prepare, run."""
+
+import asyncio
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from klein.app.prepare import prepare
+from klein.core import Delivery, GenerationResult, Job, RequestContext
+from klein.engine.engine import Engine
+from klein.errors import QueueFull
+from klein.lora.library import LoraLibrary
+from klein.output.delivery import Bucket
+from klein.output.response import require_bucket
+from klein.request.resolve import Resolved, resolve
+from klein.request.schema import GenerateRequest
+from klein.settings import Settings
+
+PREPARING_THREADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """A result, and how it was asked to leave."""
+
+    result: GenerationResult
+    delivery: Delivery
+
+
+class Generator:
+    """Turns requests into results on one engine. Entrypoints parse, call `run` and render."""
+
+    def __init__(
+        self, engine: Engine, library: LoraLibrary, settings: Settings, bucket: Bucket | None
+    ) -> None:
+        self.engine = engine
+        self.library = library
+        self.settings = settings
+        self.bucket = bucket
+        self._preparing = 0
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(PREPARING_THREADS, "klein-prepare")
+
+    def context(self, **values: object) -> RequestContext:
+        """A context whose deadline is KLEIN_TIMEOUT from now; `values` are its other fields."""
+        return RequestContext(time.monotonic() + self.settings.timeout, **values)  # type: ignore[arg-type]
+
+    def resolve(self, request: GenerateRequest) -> Resolved:
+        """Decide what will be drawn; raises InvalidRequest, or NotReady before a model is there."""
+        require_bucket(request.return_type, self.bucket)
+        return resolve(
+            request,
+            self.engine.pipeline.info.spec,
+            lambda: secrets.randbelow(2**32),
+            prompt_loras=self.settings.prompt_loras,
+        )
+
+    async def run(self, request: GenerateRequest, context: RequestContext) -> Generated:
+        """Draw what `request` asks for; raises a KleinError.
+
+        Cancelling the waiter cancels the work and returns once the GPU is free of it.
+        """
+        resolved = self.resolve(request)
+        self.engine.require_place()
+        if resolved.params.loras:
+            job = await self._prepare(resolved, context)
+            result = await self.engine.run(job, admitted=True)
+        else:
+            result = await self.engine.run(Job(context, resolved.params, (), resolved.warnings))
+        return Generated(result, resolved.delivery)
+
+    async def _prepare(self, resolved: Resolved, context: RequestContext) -> Job:
+        """`prepare` in a thread. Whoever waits can leave at the deadline: the thread ends later."""
+        with self._place():
+            loop = asyncio.get_running_loop()
+            work = loop.run_in_executor(self._threads, prepare, resolved, context, self.library)
+            try:
+                await asyncio.wait({work}, timeout=context.deadline - time.monotonic())
+            except asyncio.CancelledError:
+                context.cancel()
+                raise
+            if not work.done():
+                context.check()
+            return await work
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """One of the places for requests that fetch, which are counted apart from the queue's."""
+        with self._lock:
+            if self._preparing >= self.settings.queue_size:
+                raise QueueFull(
+                    f"{self._preparing} requests are waiting for LoRAs already: try again later, "
+                    "or raise KLEIN_QUEUE_SIZE"
+                )
+            self._preparing += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._preparing -= 1
+
+    def stop(self) -> None:
+        """End the engine and the preparing threads."""
+        self.engine.stop()
+        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,56 @@
+"""What a request needs before a GPU is asked: its LoRAs on disk, and what only their files know."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from klein.core import GenerationParams, Job, Progress, RequestContext
+from klein.errors import LoraError
+from klein.lora.file import LoraFile
+from klein.lora.library import LoraLibrary
+from klein.request.resolve import Resolved
+
+
+def prepare(resolved: Resolved, context: RequestContext, library: LoraLibrary) -> Job:
+    """The job of a resolved request: every LoRA found and fetched, or, with `lora_error:
+    continue`, the error in its place. Raises LoraError, Cancelled or DeadlineExceeded."""
+    params = resolved.params
+
+    def on_bytes(have: int, total: int | None) -> None:
+        context.report(Progress(have, total or have, 1, 1, stage="fetch"))
+
+    found: list[LoraFile | LoraError] = []
+    for spec in params.loras:
+        context.check()
+        try:
+            found.append(library.find(spec, on_bytes))
+        except LoraError as error:
+            if params.lora_error == "fail":
+                raise
+            found.append(error)
+    params, warnings = settle_loras(params, found)
+    return Job(context, params, tuple(found), (*resolved.warnings, *warnings))
+
+
+def settle_loras(
+    params: GenerationParams, found: Sequence[LoraFile | LoraError]
+) -> tuple[GenerationParams, tuple[str, ...]]:
+    """What only the files know, and a sentence for each thing it changed.
+
+    A scale left open is the file's own, else 1; a LoRA with trigger "auto" puts its trigger word
+    in front of a prompt that lacks it.
+    """
+    specs, warnings, prompt = [], [], params.prompt
+    for spec, file in zip(params.loras, found, strict=True):
+        own = file.defaults.scale if isinstance(file, LoraFile) else None
+        scale = next(value for value in (spec.scale, own, 1.0) if value is not None)
+        if spec.scale is None and own is not None:
+            warnings.append(f"{spec.path} acts at {own:g}, the scale kept beside it")
+        specs.append(replace(spec, scale=scale))
+        if spec.trigger != "auto" or not isinstance(file, LoraFile):
+            continue
+        if file.trigger is None:
+            warnings.append(f"{spec.path} has no trigger word that could be put into the prompt")
+        elif file.trigger.lower() not in prompt.lower():
+            prompt = f"{file.trigger}, {prompt}"
+            warnings.append(f"the trigger word {file.trigger!r} was put in front of the prompt")
+    return replace(params, loras=tuple(specs), prompt=prompt), tuple(warnings)

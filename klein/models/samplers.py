@@ -1,0 +1,44 @@
+"""The samplers: how a step goes from one noise level to the next, given the velocities so far.
+
+Each is a linear multistep method on dx/dσ = v(x, σ): a step adds Σ cᵢ · vᵢ to the latents, with
+the newest velocity first. The coefficients need no more than the run's noise levels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+Coefficients = tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """One sampler. `history` is how many velocities a step reads, its own included."""
+
+    name: str
+    history: int
+    coefficients: Callable[[Sequence[float], int], Coefficients]
+    """Of step `i` over `sigmas`, N levels and the 0 after them; the newest velocity's first."""
+    doc: str
+
+
+def _euler(sigmas: Sequence[float], i: int) -> Coefficients:
+    return (sigmas[i + 1] - sigmas[i],)
+
+
+def _ab2(sigmas: Sequence[float], i: int) -> Coefficients:
+    """Second-order Adams–Bashforth on uneven steps; the first step is Euler's."""
+    if i == 0:
+        return _euler(sigmas, i)
+    step = sigmas[i + 1] - sigmas[i]
+    ratio = step / (sigmas[i] - sigmas[i - 1])
+    return step * (1 + ratio / 2), -step * ratio / 2
+
+
+SAMPLERS: dict[str, Sampler] = {
+    row.name: row
+    for row in (
+        Sampler("euler", 1, _euler, "Euler's method, as diffusers samples; the default"),
+        Sampler("ab2", 2, _ab2, "second-order Adams–Bashforth: 16 steps for Euler's 28"),
+    )
+}
+DEFAULT_SAMPLER = "euler"
