@@ -145,6 +145,11 @@ class Progress:
         return min(1.0, done / max(1, self.steps * self.images))
 
 
+def new_id() -> str:
+    """A request's id: 16 hexadecimal digits."""
+    return uuid.uuid4().hex[:16]
+
+
 @dataclass(frozen=True, slots=True)
 class RequestContext:
     """What goes with one request from its arrival to its answer: who it is, how long it may take,
@@ -155,7 +160,7 @@ class RequestContext:
     """
 
     deadline: float
-    id: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
+    id: str = field(default_factory=new_id)
     on_progress: Callable[[Progress], None] = lambda _: None
     submitted: float = field(default_factory=time.monotonic)
     _cancelled: threading.Event = field(default_factory=threading.Event)

@@ -1,15 +1,21 @@
-"""What every door does first: find the LoRAs, plan, then hand the engine a way to load."""
+"""From settings to a generator: check, plan, and hand the engine a way to load."""
 
 from collections.abc import Callable, Mapping
 
+from klein.app.generator import Generator
 from klein.core import ImagePipeline
+from klein.engine.engine import Engine
+from klein.errors import KleinError
 from klein.lora.library import LoraLibrary, Tokens
-from klein.models import plan as preflight
 from klein.models.catalog import GB
 from klein.models.machine import Machine
+from klein.models.plan import fetched, lora_folder, plan
+from klein.output.delivery import Bucket
 from klein.settings import Settings
 from klein.sources.cache import LoraStore
 from klein.sources.fetch import Fetcher
+
+Load = Callable[[], ImagePipeline]
 
 
 def library(settings: Settings) -> LoraLibrary:
@@ -18,28 +24,47 @@ def library(settings: Settings) -> LoraLibrary:
         settings.lora_cache.expanduser(), settings.lora_cache_gb * GB, grace=settings.timeout
     )
     tokens = Tokens(settings.hf_token, settings.civitai_token)
-    folder = preflight.lora_folder(settings)
-    return LoraLibrary(folder, store, Fetcher(settings.fetch_hosts), tokens)
+    return LoraLibrary(lora_folder(settings), store, Fetcher(settings.fetch_hosts), tokens)
 
 
-def loader(
-    settings: Settings, environ: Mapping[str, str], loras: LoraLibrary | None = None
-) -> Callable[[], ImagePipeline]:
+def loader(settings: Settings, environ: Mapping[str, str]) -> Load:
     """Check that the model can be had and fits, and return what loads it.
 
     Raises ModelUnavailable. torch is imported when the returned function is called, and diffusers,
     which takes longer, while the weights are read.
     """
-    plan = preflight.plan(settings, Machine.probe(environ))
-    loras = loras or library(settings)
+    planned = plan(settings, Machine.probe(environ))
 
     def load() -> ImagePipeline:
-        from klein.inference.loading import modules as loading
+        from klein.inference.loading import modules
 
-        found = preflight.fetched(plan, settings)
-        begun = loading.begin(found)
-        from klein.inference import assemble as assembly
+        found = fetched(planned, settings)
+        pending = modules.start_reading(found)
+        from klein.inference import assemble
 
-        return assembly.load(found, settings, loras, begun)
+        return assemble.load(found, settings, pending)
 
     return load
+
+
+def generator(
+    settings: Settings,
+    load: Load,
+    *,
+    on_load_failed: Callable[[KleinError], None] = lambda _: None,
+    on_unhealthy: Callable[[KleinError], None] = lambda _: None,
+) -> Generator:
+    """The generator of these settings, its model being loaded in the background.
+
+    Raises BadSetting for a bucket that is half set.
+    """
+    bucket = Bucket.from_settings(settings)
+    engine = Engine(
+        load,
+        queue_size=settings.queue_size,
+        on_load_failed=on_load_failed,
+        on_unhealthy=on_unhealthy,
+    )
+    made = Generator(engine, library(settings), settings, bucket)
+    engine.start()
+    return made

@@ -4,13 +4,13 @@ import asyncio
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from klein.app.prepare import prepare
-from klein.core import Delivery, GenerationResult, Job, RequestContext
+from klein.core import Delivery, GenerationResult, Job, Progress, RequestContext, new_id
 from klein.engine.engine import Engine
 from klein.errors import QueueFull
 from klein.lora.library import LoraLibrary
@@ -45,9 +45,12 @@ class Generator:
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(PREPARING_THREADS, "klein-prepare")
 
-    def context(self, **values: object) -> RequestContext:
-        """A context whose deadline is KLEIN_TIMEOUT from now; `values` are its other fields."""
-        return RequestContext(time.monotonic() + self.settings.timeout, **values)  # type: ignore[arg-type]
+    def context(
+        self, id: str = "", on_progress: Callable[[Progress], None] = lambda _: None
+    ) -> RequestContext:
+        """A context whose deadline is KLEIN_TIMEOUT from now; without `id` it makes its own."""
+        deadline = time.monotonic() + self.settings.timeout
+        return RequestContext(deadline, id or new_id(), on_progress)
 
     def resolve(self, request: GenerateRequest) -> Resolved:
         """Decide what will be drawn; raises InvalidRequest, or NotReady before a model is there."""

@@ -70,7 +70,7 @@ class Engine:
         on_load_failed: Callable[[KleinError], None] = lambda _: None,
         on_unhealthy: Callable[[KleinError], None] = lambda _: None,
     ) -> None:
-        """`on_unhealthy` is called once, in the worker thread, when all futures have their outcome."""
+        """`on_unhealthy` is called once, in the worker thread, after all futures are done."""
         self._load = load
         self._on_load_failed = on_load_failed
         self._on_unhealthy = on_unhealthy

@@ -39,7 +39,7 @@ from klein.models.plan import Plan
 from klein.request.resolve import resolve, settle_loras
 from klein.request.schema import GenerateRequest
 from klein.settings import Settings
-from klein.sources.reference import shown
+from klein.sources.reference import redacted
 
 log = logging.getLogger("bentoml.klein")
 
@@ -214,7 +214,7 @@ class KleinPipeline:
         reports: list[LoraReport | None] = []
         wanted = []
         for spec, found in zip(job.params.loras, job.loras or (), strict=True):
-            path, scale = shown(spec.path), spec.scale or 0.0
+            path, scale = redacted(spec.path), spec.scale or 0.0
             try:
                 if isinstance(found, LoraError):
                     raise found

@@ -64,13 +64,13 @@ class LoraLibrary:
                 path = self._url(url, on_bytes)
             case CivitaiFile(version):
                 path = self._civitai_version(version, on_bytes)
-        return _known(path, reference.shown(spec.path))
+        return _known(path, reference.redacted(spec.path))
 
     def entries(self) -> list[dict[str, Any]]:
         """Every LoRA at hand, local ones first; a file that cannot be used says why."""
         local = [(name, "folder", self._local(name)) for name in self.names()]
         fetched = self._store.refs().items() if self._store else ()
-        rows = [*local, *((reference.shown(ref), "fetched", path) for ref, path in fetched)]
+        rows = [*local, *((reference.redacted(ref), "fetched", path) for ref, path in fetched)]
         return [_row(name, source, path) for name, source, path in rows]
 
     def names(self) -> list[str]:
@@ -173,7 +173,7 @@ class LoraLibrary:
         self, ref: str, url: str, headers: dict[str, str], sha256: str | None, on_bytes: OnBytes
     ) -> Path:
         if self._store is None:
-            raise LoraError(f"LoRA {reference.shown(ref)!r}: this klein fetches no LoRAs")
+            raise LoraError(f"LoRA {reference.redacted(ref)!r}: this klein fetches no LoRAs")
 
         def fetch(part: Path) -> None:
             self._fetcher.download(url, part, headers, on_bytes)
@@ -186,10 +186,10 @@ class LoraLibrary:
         try:
             return self._store.get(ref, fetch)
         except FetchFailed as error:
-            raise LoraError(f"LoRA {reference.shown(ref)!r}: {error}") from error
+            raise LoraError(f"LoRA {reference.redacted(ref)!r}: {error}") from error
         except OSError as error:
             raise LoraError(
-                f"LoRA {reference.shown(ref)!r} cannot be stored ({error.strerror})"
+                f"LoRA {reference.redacted(ref)!r} cannot be stored ({error.strerror})"
             ) from error
 
     def _hub(self, ref: HubFile) -> Path:
@@ -283,8 +283,8 @@ def _verify(part: Path, ref: str, sha256: str | None) -> None:
         with part.open("rb") as content:
             found = hashlib.file_digest(content, "sha256").hexdigest()
         if found != sha256:
-            raise LoraError(f"LoRA {reference.shown(ref)!r} has another sha256 than promised")
-    file.inspect(part, reference.shown(ref))
+            raise LoraError(f"LoRA {reference.redacted(ref)!r} has another sha256 than promised")
+    file.inspect(part, reference.redacted(ref))
 
 
 def _known(path: Path, name: str) -> LoraFile:

@@ -17,7 +17,7 @@ class ModelSpec:
 
     name: str
     repo: str | None
-    licence: str
+    license: str
     gated: bool
     distilled: bool
     native_size: int
@@ -79,7 +79,7 @@ _9B = {
     "single_blocks": 24,
     "transformer_bytes": 18_157_162_496,
     "text_encoder_bytes": 11_660_000_000,
-    "licence": NON_COMMERCIAL,
+    "license": NON_COMMERCIAL,
     "gated": True,
 }
 _4B = {
@@ -89,7 +89,7 @@ _4B = {
     "single_blocks": 20,
     "transformer_bytes": 7_751_089_152,
     "text_encoder_bytes": 6_230_000_000,
-    "licence": APACHE,
+    "license": APACHE,
     "gated": False,
 }
 _DISTILLED = {"distilled": True, "num_inference_steps": 4, "guidance_scale": 1.0}
@@ -112,7 +112,7 @@ MODELS: dict[str, ModelSpec] = {
         _row(
             "nano",
             None,
-            licence=APACHE,
+            license=APACHE,
             gated=False,
             native_size=256,
             hidden=192,
@@ -152,7 +152,7 @@ def by_geometry(hidden: int, double_blocks: int, single_blocks: int, distilled: 
         f"custom-{double_blocks}x{single_blocks}x{hidden}",
         None,
         extra,
-        licence="unknown",
+        license="unknown",
         gated=False,
         native_size=1024 if hidden >= 1024 else 256,
         hidden=hidden,

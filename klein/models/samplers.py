@@ -12,9 +12,11 @@ Coefficients = tuple[float, ...]
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """One sampler. `history` is how many velocities a step reads, its own included."""
+    """One sampler. `label` is what other programs call it, `history` how many velocities a step
+    reads, its own included."""
 
     name: str
+    label: str
     history: int
     coefficients: Callable[[Sequence[float], int], Coefficients]
     """Of step `i` over `sigmas`, N levels and the 0 after them; the newest velocity's first."""
@@ -37,8 +39,14 @@ def _ab2(sigmas: Sequence[float], i: int) -> Coefficients:
 SAMPLERS: dict[str, Sampler] = {
     row.name: row
     for row in (
-        Sampler("euler", 1, _euler, "Euler's method, as diffusers samples; the default"),
-        Sampler("ab2", 2, _ab2, "second-order Adams–Bashforth: 16 steps for Euler's 28"),
+        Sampler("euler", "Euler", 1, _euler, "Euler's method, as diffusers samples; the default"),
+        Sampler(
+            "ab2",
+            "Adams-Bashforth 2",
+            2,
+            _ab2,
+            "second-order Adams–Bashforth: 16 steps for Euler's 28",
+        ),
     )
 }
 DEFAULT_SAMPLER = "euler"

@@ -7,41 +7,71 @@ are, so that no prompt can be mistaken for something else.
 
 import json
 import re
-from dataclasses import asdict
 from typing import Any
 
 from klein import __version__
-from klein.core import GeneratedImage, GenerationResult
+from klein.core import Delivery, GeneratedImage, GenerationResult
 from klein.errors import InvalidRequest
+from klein.models.samplers import SAMPLERS
 from klein.request.schema import GenerateRequest
-from klein.sources.reference import shown
+from klein.sources.reference import redacted
 
 _NEGATIVE = "\nNegative prompt: "
 _OWN = re.compile(r', klein: ("(?:[^"\\]|\\.)*")$')
 _IN_TEXT = ("prompt", "negative_prompt")
 _HUB_ONLY = ("weight_name", "revision")
+_AS_IS = (
+    "preset",
+    "width",
+    "height",
+    "num_inference_steps",
+    "guidance_scale",
+    "lora_error",
+    "sampler",
+    "schedule",
+    "max_sequence_length",
+)
+_DELIVERY = ("output_format", "output_quality")
+"""What the file's own bytes depend on; whether it is sent or linked to is not among it."""
+_IN_REPORT = (
+    "path",
+    "scale",
+    "applied",
+    "sha256",
+    "format",
+    "rank",
+    "layers_matched",
+    "layers_in_file",
+    "effective_scale",
+    "relative_change",
+    "trigger_words",
+)
 
 
-def to_text(result: GenerationResult, image: GeneratedImage) -> str:
-    """The text for one picture of `result`, with the picture's own seed."""
+def to_text(result: GenerationResult, image: GeneratedImage, delivery: Delivery) -> str:
+    """The text for one image of `result`, with the image's own seed.
+
+    The same request makes the same text: what differs from run to run stays outside.
+    """
     params = result.params
-    own: dict[str, Any] = asdict(params) | {"seed": image.seed, "num_images": 1}
-    for name in _IN_TEXT:
-        own[name] = len(own[name])
+    own: dict[str, Any] = {name: getattr(params, name) for name in _AS_IS}
+    own |= {name: len(getattr(params, name)) for name in _IN_TEXT}
+    own |= {"seed": image.seed, "num_images": 1}
+    own |= {name: getattr(delivery, name) for name in _DELIVERY}
     applied = [report for report in result.loras if report.applied]
     own["loras"] = [
-        {"path": shown(spec.path), "scale": spec.scale}
+        {"path": redacted(spec.path), "scale": spec.scale}
         | {k: v for k in _HUB_ONLY if (v := getattr(spec, k)) is not None}
         for spec, report in zip(params.loras, result.loras, strict=True)
         if report.applied
     ]
     own["lora_reports"] = [
-        {name: value for name, value in asdict(report).items() if value not in (None, ())}
+        {name: value for name in _IN_REPORT if (value := getattr(report, name)) not in (None, ())}
         for report in applied
     ]
     pairs = {
         "Steps": params.num_inference_steps,
-        "Sampler": "Euler",
+        "Sampler": SAMPLERS[params.sampler].label,
         "Schedule type": params.schedule,
         "CFG scale": params.guidance_scale,
         "Seed": image.seed,

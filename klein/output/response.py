@@ -1,110 +1,90 @@
-"""From a result to what leaves the house: encoded pictures and the JSON around them."""
+"""From a result to what leaves: encoded images and the JSON around them."""
 
 import base64
 import hashlib
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from klein.core import GenerationResult
+from klein.core import Delivery, GenerationParams, GenerationResult, LoraReport, ModelInfo, Timings
 from klein.errors import InvalidRequest, OutputTooLarge
 from klein.output import images, metadata
 from klein.output.delivery import Bucket
 from klein.request.formats import FORMATS
-from klein.sources.reference import shown
+from klein.sources.reference import redacted
 
 SMALLER = ("webp", 90)
-"""What pictures become when an answer would be too large for the platform."""
+"""Format and quality that images get when an answer would be too large for the platform."""
+ENVELOPE_BYTES = 100_000
+"""Of an answer beside its images: more than it ever takes."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """One picture as a file."""
+    """One image as a file."""
 
     seed: int
     data: bytes
     mime_type: str
 
 
-def encode(result: GenerationResult) -> list[EncodedImage]:
-    """Every picture in the format the parameters name, its parameters inside."""
-    params = result.params
-    fmt = FORMATS[params.output_format]
+def encode(result: GenerationResult, delivery: Delivery) -> list[EncodedImage]:
+    """Every image in the format asked for, its parameters inside."""
+    fmt = FORMATS[delivery.output_format]
     return [
         EncodedImage(
             image.seed,
-            images.encode(image.image, fmt, params.output_quality, metadata.to_text(result, image)),
+            images.encode(
+                image.image,
+                fmt,
+                delivery.output_quality,
+                metadata.to_text(result, image, delivery),
+            ),
             fmt.mime_type,
         )
         for image in result.images
     ]
 
 
-def to_json(result: GenerationResult, bucket: Bucket | None = None) -> dict[str, Any]:
+def to_json(
+    result: GenerationResult, delivery: Delivery, bucket: Bucket | None = None
+) -> dict[str, Any]:
     """The answer of `generate_json` and of the RunPod worker."""
-    return _answer(result, encode(result), bucket)
+    return _answer(result, delivery, encode(result, delivery), bucket)
 
 
 def to_json_within(
-    result: GenerationResult, bucket: Bucket | None, limit_bytes: float
+    result: GenerationResult, delivery: Delivery, bucket: Bucket | None, limit_bytes: float
 ) -> dict[str, Any]:
     """`to_json`, kept under a platform's limit: by links if there is a bucket, else as WebP.
 
     The warnings say what was done. Raises OutputTooLarge when even that is too large.
     """
-    encoded = encode(result)
+    encoded = encode(result, delivery)
     size = _wire_size(encoded)
-    if result.params.return_type == "url" or size < limit_bytes:
-        return _answer(result, encoded, bucket)
+    if delivery.return_type == "url" or size < limit_bytes:
+        return _answer(result, delivery, encoded, bucket)
     over = f"an answer of {size / 1e6:.1f} MB is over the limit of {limit_bytes / 1e6:g} MB"
     if bucket is not None:
-        over += ": pictures were put into the bucket, return_type became 'url'"
-        return _answer(_changed(result, over, return_type="url"), encoded, bucket)
+        warned = _warned(
+            result, f"{over}: images were put into the bucket, return_type became 'url'"
+        )
+        return _answer(warned, replace(delivery, return_type="url"), encoded, bucket)
     name, quality = SMALLER
-    why = f"{over}: pictures were written as {name} at quality {quality}; a bucket would keep them"
-    smaller = _changed(result, why, output_format=name, output_quality=quality)
-    encoded = encode(smaller)
+    warned = _warned(
+        result,
+        f"{over}: images were written as {name} at quality {quality}; a bucket would keep them",
+    )
+    smaller = replace(delivery, output_format=name, output_quality=quality)
+    encoded = encode(warned, smaller)
     if _wire_size(encoded) >= limit_bytes:
         raise OutputTooLarge(
-            f"{over}, even as {name}: ask for fewer or smaller pictures, or set KLEIN_S3_…"
+            f"{over}, even as {name}: ask for fewer or smaller images, or set KLEIN_S3_…"
         )
-    return _answer(smaller, encoded, bucket)
-
-
-def _wire_size(encoded: list[EncodedImage]) -> float:
-    """Bytes of the JSON answer: base64 takes 4 for 3, and the rest is far under 100 KB."""
-    return sum(len(picture.data) for picture in encoded) * 4 / 3 + 100_000
-
-
-def _changed(result: GenerationResult, warning: str, **values: Any) -> GenerationResult:
-    params = replace(result.params, **values)
-    return replace(result, params=params, warnings=(*result.warnings, warning))
-
-
-def _deliver(
-    result: GenerationResult, encoded: list[EncodedImage], bucket: Bucket | None
-) -> list[dict[str, Any]]:
-    params = result.params
-    entries = []
-    for number, picture in enumerate(encoded):
-        entry: dict[str, Any] = {
-            "seed": picture.seed,
-            "mime_type": picture.mime_type,
-            "width": params.width,
-            "height": params.height,
-            "bytes": len(picture.data),
-            "sha256": hashlib.sha256(picture.data).hexdigest(),
-        }
-        if params.return_type == "url" and bucket is not None:
-            key = f"klein/{result.id}/{number}.{FORMATS[params.output_format].extension}"
-            entry["url"] = bucket.put(key, picture.data, picture.mime_type)
-        else:
-            entry["base64"] = base64.b64encode(picture.data).decode()
-        entries.append(entry)
-    return entries
+    return _answer(warned, smaller, encoded, bucket)
 
 
 def require_bucket(return_type: str, bucket: Bucket | None) -> None:
-    """Refuse `return_type: url` where there is nowhere to put pictures."""
+    """Refuse `return_type: url` where there is nowhere to put images."""
     if return_type == "url" and bucket is None:
         raise InvalidRequest(
             "return_type: 'url' needs a bucket, and none is set (KLEIN_S3_ENDPOINT, "
@@ -113,38 +93,91 @@ def require_bucket(return_type: str, bucket: Bucket | None) -> None:
         )
 
 
+def lora_json(report: LoraReport) -> dict[str, Any]:
+    """One LoRA's report as answers and headers carry it."""
+    return asdict(report)
+
+
+def timings_json(timings: Timings) -> dict[str, float]:
+    """Seconds by stage as answers and headers carry them."""
+    return {stage: round(seconds, 4) for stage, seconds in asdict(timings).items()}
+
+
+def model_json(model: ModelInfo) -> dict[str, Any]:
+    """The model as answers carry it."""
+    return {
+        "id": model.id,
+        "name": model.spec.name,
+        "revision": model.revision,
+        "license": model.spec.license,
+        "device": model.device,
+        "dtype": model.dtype,
+        "placement": model.placement,
+        "attention": model.attention,
+        "speed": model.speed,
+        "speed_options": list(model.speed_options),
+        "versions": model.versions,
+    }
+
+
+def parameters_json(params: GenerationParams, delivery: Delivery) -> dict[str, Any]:
+    """Everything that was decided, drawing and delivery, under the names of a request."""
+    loras = [{"path": redacted(lora.path), "scale": lora.scale} for lora in params.loras]
+    return {**asdict(params), "loras": loras, **asdict(delivery)}
+
+
 def _answer(
-    result: GenerationResult, encoded: list[EncodedImage], bucket: Bucket | None
+    result: GenerationResult,
+    delivery: Delivery,
+    encoded: list[EncodedImage],
+    bucket: Bucket | None,
 ) -> dict[str, Any]:
-    require_bucket(result.params.return_type, bucket)
-    entries = _deliver(result, encoded, bucket)
-    model = result.model
+    require_bucket(delivery.return_type, bucket)
     return {
         "id": result.id,
-        "images": entries,
+        "images": _deliver(result, delivery, encoded, bucket),
         "parameters": {
-            **asdict(result.params),
-            "loras": [
-                {"path": shown(lora.path), "scale": lora.scale} for lora in result.params.loras
-            ],
+            **parameters_json(result.params, delivery),
             "mu": result.mu,
             "sigmas": list(result.sigmas),
         },
-        "loras": [asdict(lora) for lora in result.loras],
+        "loras": [lora_json(report) for report in result.loras],
         "warnings": list(result.warnings),
-        "timings": result.timings,
+        "timings": timings_json(result.timings),
         "transformer_forwards": result.forwards,
-        "model": {
-            "id": model.id,
-            "name": model.spec.name,
-            "revision": model.revision,
-            "licence": model.spec.licence,
-            "device": model.device,
-            "dtype": model.dtype,
-            "placement": model.placement,
-            "attention": model.attention,
-            "speed": model.speed,
-            "speed_options": list(model.speed_options),
-            "versions": model.versions,
-        },
+        "model": model_json(result.model),
     }
+
+
+def _deliver(
+    result: GenerationResult,
+    delivery: Delivery,
+    encoded: list[EncodedImage],
+    bucket: Bucket | None,
+) -> list[dict[str, Any]]:
+    entries = []
+    for number, image in enumerate(encoded):
+        entry: dict[str, Any] = {
+            "seed": image.seed,
+            "mime_type": image.mime_type,
+            "width": result.params.width,
+            "height": result.params.height,
+            "bytes": len(image.data),
+            "sha256": hashlib.sha256(image.data).hexdigest(),
+        }
+        if delivery.return_type == "url" and bucket is not None:
+            key = f"klein/{result.id}/{number}.{FORMATS[delivery.output_format].extension}"
+            entry["url"] = bucket.put(key, image.data, image.mime_type)
+        else:
+            entry["base64"] = base64.b64encode(image.data).decode()
+        entries.append(entry)
+    return entries
+
+
+def _wire_size(encoded: list[EncodedImage]) -> float:
+    """Bytes of the JSON answer: base64 takes 4 for 3."""
+    return sum(len(image.data) for image in encoded) * 4 / 3 + ENVELOPE_BYTES
+
+
+def _warned(result: GenerationResult, warning: str) -> GenerationResult:
+    return replace(result, warnings=(*result.warnings, warning))

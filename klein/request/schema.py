@@ -26,6 +26,21 @@ MAX_PROMPT = 5000
 """Characters; what the encoder reads of a prompt is about half of that."""
 
 
+def _number(value: Any) -> Any:
+    """JSON's own numbers, 28.0 for 28 too; neither true nor "5" is one."""
+    if isinstance(value, bool | str):
+        raise PydanticCustomError("number", "must be a number, not {kind}", {"kind": _kind(value)})
+    return value
+
+
+def _kind(value: bool | str) -> str:
+    return "true or false" if isinstance(value, bool) else "text"
+
+
+Integer = Annotated[int, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number)]
+
+
 def _one_of(kind: str, names: Iterable[str], aliases: dict[str, str] | None = None) -> Any:
     known = list(names)
 
@@ -97,7 +112,7 @@ class LoraRequest(_Strict):
         description="`name.safetensors` in the LoRA folder, `owner/repo[@revision]` on the Hub, "
         "an https address, or `civitai:VERSION`",
     )
-    scale: float | None = Field(
+    scale: Number | None = Field(
         None,
         ge=SCALE_RANGE[0],
         le=SCALE_RANGE[1],
@@ -126,20 +141,20 @@ class GenerateRequest(_Strict):
     preset: PresetName | None = Field(  # type: ignore[valid-type]
         None, description=f"named defaults; `{presets.DEFAULT_PRESET}` if left out"
     )
-    width: int | None = Field(
+    width: Integer | None = Field(
         None, ge=1, le=8192, description="pixels; rounded to a multiple of 16, at least 64"
     )
-    height: int | None = Field(
+    height: Integer | None = Field(
         None, ge=1, le=8192, description="pixels; at most 4 megapixels in all, sides at most 8:1"
     )
-    num_inference_steps: int | None = Field(None, ge=1, le=100, description="denoising steps")
-    guidance_scale: float | None = Field(
+    num_inference_steps: Integer | None = Field(None, ge=1, le=100, description="denoising steps")
+    guidance_scale: Number | None = Field(
         None, ge=0, le=20, description="prompt adherence; 1 or less halves the work"
     )
-    seed: int | None = Field(
+    seed: Integer | None = Field(
         None, ge=0, le=2**32 - 1, description="same seed, same picture; random if left out"
     )
-    num_images: int = Field(1, ge=1, le=4, description="pictures, with seeds seed, seed+1, …")
+    num_images: Integer = Field(1, ge=1, le=4, description="pictures, with seeds seed, seed+1, …")
     loras: list[LoraRequest] = Field(
         [], max_length=MAX_LORAS, description="LoRAs with their scales, applied together"
     )
@@ -152,13 +167,13 @@ class GenerateRequest(_Strict):
     schedule: ScheduleField | None = Field(
         None, description="time shift: a name, or a number taken as mu"
     )
-    max_sequence_length: int | None = Field(
+    max_sequence_length: Integer | None = Field(
         None, ge=16, le=512, description="prompt tokens read; part of a picture's identity"
     )
     output_format: FormatName = Field(  # type: ignore[valid-type]
         formats.DEFAULT_FORMAT, description="picture format"
     )
-    output_quality: int = Field(
+    output_quality: Integer = Field(
         formats.DEFAULT_QUALITY, ge=1, le=100, description="of jpeg and webp"
     )
     return_type: ReturnType = Field(  # type: ignore[valid-type]
@@ -167,7 +182,7 @@ class GenerateRequest(_Strict):
     lora_path: Annotated[str | None, BeforeValidator(_none_if_blank)] = Field(
         None, max_length=2000, description="klein's predecessor's way to name one LoRA"
     )
-    lora_scale: float | None = Field(
+    lora_scale: Number | None = Field(
         None, ge=SCALE_RANGE[0], le=SCALE_RANGE[1], description="the scale of `lora_path`"
     )
 

@@ -73,7 +73,7 @@ def parse(path: str, weight_name: str | None = None, revision: str | None = None
     return HubFile(repo, at or revision, weight_name)
 
 
-def shown(path: str) -> str:
+def redacted(path: str) -> str:
     """A reference as it may be seen by others: an address without what can hold a token."""
     if "://" not in path:
         return path
@@ -90,11 +90,11 @@ def _address(path: str) -> UrlFile | CivitaiFile:
             version = parts.path.rsplit("/", 1)[-1]
         if not version.isdigit():
             raise LoraError(
-                f"LoRA {shown(path)!r} names a model with several versions: take the address "
+                f"LoRA {redacted(path)!r} names a model with several versions: take the address "
                 "with ?modelVersionId=…, or civitai:VERSION"
             )
         return CivitaiFile(int(version))
     sha256 = fragment.removeprefix("sha256=") if fragment.startswith("sha256=") else None
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
-        raise LoraError(f"LoRA {shown(path)!r}: #sha256= must be 64 hexadecimal digits")
+        raise LoraError(f"LoRA {redacted(path)!r}: #sha256= must be 64 hexadecimal digits")
     return UrlFile(url, sha256.lower() if sha256 else None)

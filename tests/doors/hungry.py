@@ -4,19 +4,21 @@ import time
 
 from starlette.responses import Response
 
-from klein.core import GenerationResult
+import service
+from klein.app.generator import Generated
+from klein.output.delivery import Bucket
 from service import Klein
-from tests import fakes
+from tests.support import fakes
 
-_as_json = Klein.inner._as_json
+json_response = service.json_response
 
 
-def _deliver(service: object, result: GenerationResult) -> Response:
-    """The answer, for "slow" as late as if a bucket were slow to take the picture."""
-    if result.params.prompt == "slow":
+def slow_response(generated: Generated, bucket: Bucket | None) -> Response:
+    """The answer, for "slow" as late as if a bucket were slow to take the image."""
+    if generated.result.params.prompt == "slow":
         time.sleep(3)
-    return _as_json(service, result)
+    return json_response(generated, bucket)
 
 
-Klein.inner.load = staticmethod(lambda loras: fakes.HungryPipeline())
-Klein.inner._as_json = _deliver
+Klein.inner.load = staticmethod(fakes.HungryPipeline)
+service.json_response = slow_response

@@ -4,26 +4,28 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from klein import __main__ as cli
-from klein.app import build as startup
+from klein.app import build
+from klein.entrypoints.cli.generate import parse_lora
+from klein.entrypoints.cli.main import main
 from klein.errors import LoraError
 from klein.models.schedule import SCHEDULES
 from klein.request.formats import FORMATS
 from klein.request.presets import PRESETS
 from klein.request.schema import GenerateRequest
-from tests import fakes
+from tests.support import fakes
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> fakes.FakePipeline:
     """The command line on the fake pipeline."""
     fake = fakes.FakePipeline()
-    monkeypatch.setattr(startup, "loader", lambda *_: lambda: fake)
+    monkeypatch.setattr(build, "loader", lambda *_: lambda: fake)
+    monkeypatch.setattr(build, "library", lambda _: fakes.FakeLibrary())
     return fake
 
 
 def _run(*argv: Any) -> int:
-    return cli.main([str(arg) for arg in argv])
+    return main([str(arg) for arg in argv])
 
 
 def test_generate_writes_the_file(
@@ -131,5 +133,5 @@ def test_doctor_tells_what_can_run(
 
 def test_lora_shorthand() -> None:
     """A scale after the last colon, if it is one."""
-    assert cli._lora("a.safetensors:0.8") == {"path": "a.safetensors", "scale": 0.8}
-    assert cli._lora("owner/repo@v1") == {"path": "owner/repo@v1"}
+    assert parse_lora("a.safetensors:0.8") == {"path": "a.safetensors", "scale": 0.8}
+    assert parse_lora("owner/repo@v1") == {"path": "owner/repo@v1"}

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import live, servers
+from tests import servers
+from tests.support import live
 
 TOO_MUCH = {"prompt": "too much"}
 QUICK = {"prompt": "x"}
@@ -47,10 +48,10 @@ def _code(answer: tuple[int, bytes]) -> tuple[int, str]:
 
 
 RUNPOD = """
-from klein import runpod
-from klein.app import build as startup
-from tests import fakes
-startup.loader = lambda settings, environ: fakes.HungryPipeline
+from klein.app import build
+from klein.entrypoints import runpod
+from tests.support import fakes
+build.loader = lambda settings, environ: fakes.HungryPipeline
 runpod.main()
 """
 

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 
-from klein import runpod
-from klein.engine.engine import Engine
+from klein.app.generator import Generator
+from klein.entrypoints import runpod
+from klein.entrypoints.runpod import Worker
 from klein.errors import LoraError, OutOfMemory
-from klein.runpod import Worker
-from klein.settings import Settings
-from tests import fakes
+from tests.support import fakes
 
 
 class Platform:
@@ -34,26 +33,24 @@ def fake() -> fakes.FakePipeline:
 
 
 @pytest.fixture
-def engine(fake: fakes.FakePipeline) -> Iterator[Engine]:
-    engine = Engine(lambda: fake, queue_size=2).start()
-    engine.wait_ready(5)
-    yield engine
+def generator(fake: fakes.FakePipeline) -> Iterator[Generator]:
+    made = fakes.generator(fake, KLEIN_QUEUE_SIZE="2")
+    yield made
     fake.gate.set()
-    engine.stop()
+    made.stop()
 
 
-def _worker(engine: Engine, platform: Platform | None = None, **settings: str) -> Worker:
-    send = (platform or Platform()).send
-    return Worker(engine, Settings.from_env(settings), None, send)
+def _worker(generator: Generator, platform: Platform | None = None) -> Worker:
+    return Worker(generator, (platform or Platform()).send)
 
 
 def _handle(worker: Worker, given: Any, id: str = "job-1") -> dict[str, Any]:
     return asyncio.run(worker.handle({"id": id, "input": given, "s3Config": {"secret": "s"}}))
 
 
-def test_a_job_is_answered_like_generate_json(engine: Engine) -> None:
+def test_a_job_is_answered_like_generate_json(generator: Generator) -> None:
     """The job's own id, strict JSON, no error key."""
-    answer = _handle(_worker(engine), {"prompt": "x", "seed": 4, "preset": "portrait_hd"})
+    answer = _handle(_worker(generator), {"prompt": "x", "seed": 4, "preset": "portrait_hd"})
     assert answer["id"] == "job-1"
     assert answer["parameters"]["height"] == 384
     assert answer["images"][0]["seed"] == 4
@@ -73,27 +70,29 @@ def test_a_job_is_answered_like_generate_json(engine: Engine) -> None:
     ],
 )
 def test_errors_are_strings_that_begin_with_their_code(
-    engine: Engine, given: Any, error: str
+    generator: Generator, given: Any, error: str
 ) -> None:
     """RunPod drops an `error` that is anything else."""
-    answer = _handle(_worker(engine), given)
+    answer = _handle(_worker(generator), given)
     assert isinstance(answer["error"], str)
     assert error in answer["error"]
     assert answer["code"] == "invalid_request"
     assert answer["retryable"] is False
 
 
-def test_nothing_of_an_unknown_error_leaves(engine: Engine, fake: fakes.FakePipeline) -> None:
+def test_nothing_of_an_unknown_error_leaves(generator: Generator, fake: fakes.FakePipeline) -> None:
     """No traceback, no path, no secret of the job."""
     fake.fail = RuntimeError("/root/klein/secret.py broke")
-    answer = _handle(_worker(engine), {"prompt": "x"})
+    answer = _handle(_worker(generator), {"prompt": "x"})
     assert answer["error"].startswith("internal: ")
     assert "secret" not in json.dumps(answer)
 
 
-def test_a_sick_worker_asks_to_be_replaced(engine: Engine, fake: fakes.FakePipeline) -> None:
+def test_an_unhealthy_worker_asks_to_be_replaced(
+    generator: Generator, fake: fakes.FakePipeline
+) -> None:
     """Beside the error, and beside that of every job that still comes; no other error does."""
-    worker = _worker(engine)
+    worker = _worker(generator)
     fake.fail = LoraError("gone")
     assert "refresh_worker" not in _handle(worker, {"prompt": "x"})
     fake.fail = OutOfMemory("too big")
@@ -105,7 +104,7 @@ def test_a_sick_worker_asks_to_be_replaced(engine: Engine, fake: fakes.FakePipel
 
 
 def test_progress_is_throttled_in_order_and_drained(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No post is under way when the result is returned."""
     monkeypatch.setattr(runpod, "PROGRESS_EVERY", 0.02)
@@ -117,8 +116,7 @@ def test_progress_is_throttled_in_order_and_drained(
             time.sleep(0.1)
             return super().generate(job)
 
-    slow = Engine(Slow, queue_size=1).start()
-    slow.wait_ready(5)
+    slow = fakes.generator(Slow())
     answer = _handle(_worker(slow, platform), {"prompt": "x", "num_inference_steps": 100})
     slow.stop()
     assert answer["images"]
@@ -128,20 +126,22 @@ def test_progress_is_throttled_in_order_and_drained(
     assert len(steps) < 100
 
 
-def test_progress_that_cannot_be_delivered_costs_nothing(engine: Engine) -> None:
+def test_progress_that_cannot_be_delivered_costs_nothing(generator: Generator) -> None:
     """A job must not fail for a courtesy."""
 
     class Broken(Platform):
         async def send(self, job: dict[str, Any], update: dict[str, Any]) -> None:
             raise ConnectionError
 
-    assert _handle(_worker(engine, Broken()), {"prompt": "x"})["images"]
+    assert _handle(_worker(generator, Broken()), {"prompt": "x"})["images"]
 
 
-def test_cancel_frees_the_gpu_before_the_next_job(engine: Engine, fake: fakes.FakePipeline) -> None:
+def test_cancel_frees_the_gpu_before_the_next_job(
+    generator: Generator, fake: fakes.FakePipeline
+) -> None:
     """The SDK cancels the handler's task; two denoising loops must never overlap."""
     fake.gate.clear()
-    worker = _worker(engine)
+    worker = _worker(generator)
 
     async def scenario() -> None:
         task = asyncio.create_task(worker.handle({"id": "a", "input": {"prompt": "x"}}))
@@ -149,7 +149,7 @@ def test_cancel_frees_the_gpu_before_the_next_job(engine: Engine, fake: fakes.Fa
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert not engine.facts()["running"]
+        assert not generator.engine.stats().running
         fake.gate.set()
         assert (await worker.handle({"id": "b", "input": {"prompt": "y"}}))["images"]
 
@@ -157,17 +157,18 @@ def test_cancel_frees_the_gpu_before_the_next_job(engine: Engine, fake: fakes.Fa
     assert fake.drawn == ["y"]
 
 
-def test_large_results_arrive_smaller(engine: Engine, fake: fakes.FakePipeline) -> None:
+def test_large_results_arrive_smaller(generator: Generator, fake: fakes.FakePipeline) -> None:
     """RunPod loses results over its limit; here they shrink and say so."""
     fake.noise = True
-    worker = _worker(engine, KLEIN_MAX_RESPONSE_MB="0.9")
-    answer = _handle(worker, {"prompt": "x", "width": 512, "height": 512})
+    small = fakes.generator(fake, KLEIN_MAX_RESPONSE_MB="0.9")
+    answer = _handle(_worker(small), {"prompt": "x", "width": 512, "height": 512})
     assert answer["images"][0]["mime_type"] == "image/webp"
     assert any("over the limit" in warning for warning in answer["warnings"])
     assert len(json.dumps(answer)) < 0.9e6
+    small.stop()
 
 
-def test_ids_are_made_safe(engine: Engine) -> None:
+def test_ids_are_made_safe(generator: Generator) -> None:
     """They go into bucket keys and logs."""
-    answer = _handle(_worker(engine), {"prompt": "x"}, id="../../etc/x y")
+    answer = _handle(_worker(generator), {"prompt": "x"}, id="../../etc/x y")
     assert answer["id"] == "______etc_x_y"

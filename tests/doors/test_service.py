@@ -1,6 +1,7 @@
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,17 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 import service
+from klein.app.generator import Generator
 from klein.engine.engine import Engine, State
+from klein.entrypoints.http.app import connect, create_app
 from klein.errors import DeliveryFailed, KleinError, LoraError, OutOfMemory
 from klein.lora.library import LoraLibrary
 from klein.output.images import read_text
 from klein.request.presets import PRESETS
 from klein.request.schema import GenerateRequest
-from tests import fakes, loras
+from klein.settings import Settings
+from tests import loras
+from tests.support import fakes
 
 FAKE = fakes.FakePipeline()
 LEFT: list[KleinError] = []
@@ -24,11 +29,12 @@ LEFT: list[KleinError] = []
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
     """The whole ASGI app of the service, as BentoML builds it, on the fake pipeline."""
-    service.Klein.inner.load = staticmethod(lambda loras: FAKE)
-    service.Klein.inner.leave = staticmethod(LEFT.append)
+    service.Klein.inner.load = staticmethod(lambda: FAKE)
+    service.Klein.inner.request_restart = staticmethod(LEFT.append)
     with TestClient(service.Klein.to_asgi()) as client:
         while client.get("/readyz").status_code != 200:
             pass
+        service.APP.state.generator.library = fakes.FakeLibrary()
         yield client
 
 
@@ -124,7 +130,7 @@ def test_errors_of_a_job(client: TestClient) -> None:
         FAKE.fail = None
 
 
-def test_a_sick_worker_is_replaced(client: TestClient) -> None:
+def test_an_unhealthy_worker_is_replaced(client: TestClient) -> None:
     """Its answer goes out, then it is not ready, refuses, and ends for a fresh one."""
     FAKE.fail = OutOfMemory("too big")
     try:
@@ -136,18 +142,18 @@ def test_a_sick_worker_is_replaced(client: TestClient) -> None:
             pass
         assert client.get("/readyz").status_code == 503
         ping = client.get("/ping")
-        assert (ping.status_code, ping.json()) == (503, {"status": "sick"})
+        assert (ping.status_code, ping.json()) == (503, {"status": "unhealthy"})
         assert client.get("/livez").status_code == 200
         answer = client.post("/generate", json={"prompt": "x"})
         error = answer.json()["error"]
         assert (answer.status_code, error["code"]) == (503, "not_ready")
         assert "being replaced" in error["message"]
         assert answer.headers["retry-after"]
-        assert client.get("/capabilities").json()["queue"]["state"] == "sick"
+        assert client.get("/capabilities").json()["queue"]["state"] == "unhealthy"
         assert [str(why) for why in LEFT] == ["too big"]
     finally:
         FAKE.fail = None
-        service.WEB.state.engine.state = State.READY
+        service.APP.state.generator.engine.state = State.READY
 
 
 def test_links_without_a_bucket_are_refused_before_the_work(client: TestClient) -> None:
@@ -181,15 +187,15 @@ def test_the_openapi_page_knows_every_field(client: TestClient) -> None:
 
 def test_load_balancers_are_told_the_truth() -> None:
     """204 while loading, 503 when broken, and how."""
-    from klein.entrypoints.http import app as web
-
-    app = web.create_app()
+    app = create_app()
     probe = TestClient(app)
     assert probe.get("/ping").status_code == 204
-    app.state.engine = Engine(lambda: FAKE, queue_size=1)
+    settings = Settings.from_env({})
+    engine = Engine(lambda: FAKE, queue_size=1)
+    connect(app, Generator(engine, fakes.FakeLibrary(), settings, None))
     assert probe.get("/ping").status_code == 204
-    for state in (State.SICK, State.STOPPED, State.FAILED):
-        app.state.engine.state = state
+    for state in (State.UNHEALTHY, State.STOPPED, State.FAILED):
+        engine.state = state
         ping = probe.get("/ping")
         assert (ping.status_code, ping.json()) == (503, {"status": str(state)})
     assert probe.get("/capabilities").json()["model"] is None
@@ -198,11 +204,12 @@ def test_load_balancers_are_told_the_truth() -> None:
 @pytest.fixture
 def folder(client: TestClient, tmp_path: Path) -> Iterator[Path]:
     """A LoRA folder that may be changed over HTTP."""
-    state = service.WEB.state
-    before = state.loras, state.uploads
-    state.loras, state.uploads = LoraLibrary(tmp_path), True
+    generator = service.APP.state.generator
+    before = generator.library, generator.settings
+    generator.library = LoraLibrary(tmp_path)
+    generator.settings = replace(generator.settings, lora_uploads=True)
     yield tmp_path
-    state.loras, state.uploads = before
+    generator.library, generator.settings = before
 
 
 def test_headers_prove_the_loras(client: TestClient) -> None:

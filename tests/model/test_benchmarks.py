@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import tiers
 from klein.models.catalog import MODELS
-from tests import live
+from tests.support import live
 
 
 def test_tiers_side_by_side() -> None:

@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from klein.output.images import read_text
-from tests import live, servers
+from tests import servers
+from tests.support import live
 
 JOB = json.loads((live.ROOT / "test_input.json").read_text())
 QUICK = {"prompt": "a portrait", "seed": 1, "num_inference_steps": 3}

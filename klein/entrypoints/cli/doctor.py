@@ -1,13 +1,21 @@
 """What this machine can run, what is missing, and how to get it."""
 
+import os
 import sys
 from importlib import metadata
 
+from klein.entrypoints.cli.exit_codes import OK
 from klein.errors import KleinError
-from klein.models import plan as preflight
 from klein.models.catalog import GB, MODELS
 from klein.models.machine import Machine
+from klein.models.plan import place, plan
 from klein.settings import Settings
+
+
+def doctor() -> int:
+    """`klein doctor`: the report of this machine."""
+    print("\n".join(report(Settings.from_env(os.environ), Machine.probe(os.environ))))
+    return OK
 
 
 def report(settings: Settings, machine: Machine) -> list[str]:
@@ -62,20 +70,20 @@ def _models(settings: Settings, machine: Machine) -> list[str]:
             if spec.needs_gpu and device == "cpu":
                 fits = "needs a GPU"
             else:
-                fits = preflight.place(settings, machine, spec, device)[1]
+                fits = place(settings, machine, spec, device)[1]
         except KleinError as error:
             fits = str(error)
         gate = ", gated: needs HF_TOKEN" if spec.gated and not settings.hf_token else ""
-        lines.append(f"  {spec.name:<14} {fits} ({spec.licence}{gate})")
+        lines.append(f"  {spec.name:<14} {fits} ({spec.license}{gate})")
     return lines
 
 
 def _verdict(settings: Settings, machine: Machine) -> list[str]:
     try:
-        plan = preflight.plan(settings, machine)
+        planned = plan(settings, machine)
     except KleinError as error:
         return [f"MODEL_ID={settings.model_id} cannot start: {error}"]
-    speed = f"{plan.acceleration.tier.name} tier"
-    if plan.acceleration.why:
-        speed += f" ({plan.acceleration.why})"
-    return [f"MODEL_ID={settings.model_id} can start: {plan.spec.name}, {plan.why}; {speed}"]
+    speed = f"{planned.acceleration.tier.name} tier"
+    if planned.acceleration.why:
+        speed += f" ({planned.acceleration.why})"
+    return [f"MODEL_ID={settings.model_id} can start: {planned.spec.name}, {planned.why}; {speed}"]

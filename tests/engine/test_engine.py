@@ -7,7 +7,7 @@ from typing import NoReturn
 import pytest
 
 from klein.core import Job, Progress
-from klein.engine.engine import Engine, State
+from klein.engine.engine import Engine, EngineStats, State
 from klein.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -18,7 +18,7 @@ from klein.errors import (
     OutOfMemory,
     QueueFull,
 )
-from tests import fakes
+from tests.support import fakes
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_a_cancelled_job_leaves_the_queue(engine: Engine, fake: fakes.FakePipeli
     engine.cancel(queued)
     with pytest.raises(Cancelled):
         future.result(1)
-    assert engine.facts()["waiting"] == 0
+    assert engine.stats().waiting == 0
     fake.gate.set()
     engine.submit(fakes.job(prompt="last")).result(5)
     assert fake.drawn == ["first", "last"]
@@ -153,11 +153,11 @@ def test_cancelling_the_waiter_frees_the_gpu_first(
     async def scenario() -> None:
         task = asyncio.create_task(engine.run(fakes.job()))
         await asyncio.to_thread(fake.started.wait, 5)
-        assert engine.facts()["running"]
+        assert engine.stats().running
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert not engine.facts()["running"]
+        assert not engine.stats().running
 
     asyncio.run(scenario())
 
@@ -175,21 +175,20 @@ def test_a_failed_job_leaves_the_next_one_clean(engine: Engine, fake: fakes.Fake
     assert engine.submit(fakes.job()).result(5)
 
 
-def test_a_worker_out_of_memory_is_sick(fake: fakes.FakePipeline) -> None:
+def test_a_worker_out_of_memory_is_unhealthy(fake: fakes.FakePipeline) -> None:
     """The job is told, those that wait and those that come are sent away, the door hears last."""
     heard: list[tuple[str, bool]] = []
 
-    def on_sick(error: Exception) -> None:
+    def on_unhealthy(error: Exception) -> None:
         heard.append((str(error), all(future.done() for future in futures)))
 
-    engine = Engine(lambda: fake, queue_size=3, on_sick=on_sick).start()
+    engine = Engine(lambda: fake, queue_size=3, on_unhealthy=on_unhealthy).start()
     engine.wait_ready(5)
     fake.gate.clear()
-    fake.fetched.clear()
-    fetching = fakes.job(loras=[{"path": "a/b"}])
+    last = fakes.job()
     first = engine.submit(fakes.job(prompt="first"))
     assert fake.started.wait(5)
-    futures = [engine.submit(job) for job in (fakes.job(), fakes.job(), fetching)]
+    futures = [engine.submit(job) for job in (fakes.job(), fakes.job(), last)]
     fake.fail = OutOfMemory("it did not fit")
     fake.gate.set()
     assert first.result(5)
@@ -199,25 +198,25 @@ def test_a_worker_out_of_memory_is_sick(fake: fakes.FakePipeline) -> None:
         assert "out of GPU memory twice and is being replaced" in str(future.exception(5))
     with pytest.raises(NotReady, match="out of GPU memory twice and is being replaced"):
         engine.submit(fakes.job())
-    assert engine.facts() == {"state": "sick", "waiting": 0, "running": False, "queue_size": 3}
-    assert isinstance(fetching.over, Cancelled)
+    assert engine.stats() == EngineStats("unhealthy", 0, False, 3)
+    assert isinstance(last.context.over, Cancelled)
     engine.stop()
     assert heard == [("it did not fit", True)]
     assert fake.drawn == ["first"]
 
 
-def test_sick_while_stopping_is_stopped(fake: fakes.FakePipeline) -> None:
+def test_unhealthy_while_stopping_is_stopped(fake: fakes.FakePipeline) -> None:
     """Nobody asks for another worker in place of one that was told to go."""
     heard: list[Exception] = []
 
     def generate(job: Job) -> NoReturn:
         fake.started.set()
-        while not job.over:
+        while not job.context.over:
             time.sleep(0.01)
         raise OutOfMemory("it did not fit")
 
     fake.generate = generate  # type: ignore[method-assign]
-    engine = Engine(lambda: fake, queue_size=2, on_sick=heard.append).start()
+    engine = Engine(lambda: fake, queue_size=2, on_unhealthy=heard.append).start()
     engine.wait_ready(5)
     running, waiting = (engine.submit(fakes.job()) for _ in range(2))
     assert fake.started.wait(5)
@@ -242,36 +241,16 @@ def test_stop_cancels_and_refuses(fake: fakes.FakePipeline) -> None:
         engine.submit(fakes.job())
 
 
-def test_a_job_that_fetches_does_not_hold_the_others(
-    engine: Engine, fake: fakes.FakePipeline
-) -> None:
-    """While a LoRA is on its way, jobs that are ready go first."""
-    fake.fetched.clear()
-    slow = engine.submit(fakes.job(prompt="slow", loras=[{"path": "a/b"}]))
-    engine.submit(fakes.job(prompt="quick")).result(5)
-    assert fake.prepared == ["slow"]
-    fake.fetched.set()
-    slow.result(5)
-    assert fake.drawn == ["quick", "slow"]
-
-
-def test_cancelling_a_job_that_fetches(engine: Engine, fake: fakes.FakePipeline) -> None:
-    """It ends at once, and stopping does not wait for its download."""
-    fake.fetched.clear()
-    job = fakes.job(loras=[{"path": "a/b"}])
-    future = engine.submit(job)
-    engine.cancel(job)
-    with pytest.raises(Cancelled):
-        future.result(1)
-
-
-def test_a_fetch_that_fails_fails_the_job(engine: Engine, fake: fakes.FakePipeline) -> None:
-    """Without ever reaching the GPU."""
-
-    def prepare(job: object) -> None:
-        raise LoraError("gone")
-
-    fake.prepare = prepare  # type: ignore[method-assign, assignment]
-    with pytest.raises(LoraError, match="gone"):
-        engine.submit(fakes.job(loras=[{"path": "a/b"}])).result(5)
-    assert fake.drawn == []
+def test_what_was_admitted_finds_a_place(engine: Engine, fake: fakes.FakePipeline) -> None:
+    """A job that fetched meanwhile is not sent away by a queue that filled up."""
+    fake.gate.clear()
+    engine.submit(fakes.job())
+    assert fake.started.wait(5)
+    for _ in range(2):
+        engine.submit(fakes.job())
+    with pytest.raises(QueueFull):
+        engine.require_place()
+    late = engine.submit(fakes.job(prompt="late"), admitted=True)
+    fake.gate.set()
+    assert late.result(5)
+    assert fake.drawn[-1] == "late"

@@ -1,28 +1,38 @@
-"""A pipeline without a model, for tests of everything around it."""
+"""A pipeline without a model and LoRAs without files, for tests of everything around them."""
 
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from klein.app.generator import Generator
 from klein.core import (
     SEEDS,
+    Delivery,
     GeneratedImage,
     GenerationParams,
     GenerationResult,
     Job,
     LoraReport,
     ModelInfo,
+    PipelineStats,
     Progress,
+    RequestContext,
+    Timings,
 )
-from klein.errors import OutOfMemory
+from klein.engine.engine import Engine
+from klein.errors import LoraError, OutOfMemory
+from klein.lora.file import LoraFile
+from klein.lora.library import LoraLibrary
 from klein.lora.spec import LoraSpec
 from klein.models import schedule, sizes
 from klein.models.catalog import MODELS
-from klein.request.resolve import resolve
+from klein.request.resolve import Resolved, resolve
 from klein.request.schema import GenerateRequest, parse
+from klein.settings import Settings
 
 INFO = ModelInfo(
     id="nano",
@@ -44,19 +54,11 @@ class FakePipeline:
         self.gate.set()
         self.started = threading.Event()
         self.drawn: list[str] = []
-        self.prepared: list[str] = []
-        self.fetched = threading.Event()
-        self.fetched.set()
         self.fail: Exception | None = None
         self.noise = noise
 
-    def facts(self) -> dict[str, Any]:
-        return {}
-
-    def prepare(self, job: Job) -> None:
-        self.prepared.append(job.params.prompt)
-        while not self.fetched.wait(0.01):
-            job.check()
+    def stats(self) -> PipelineStats:
+        return PipelineStats()
 
     def generate(self, job: Job) -> GenerationResult:
         params = job.params
@@ -66,12 +68,12 @@ class FakePipeline:
         for image in range(params.num_images):
             for step in range(params.num_inference_steps):
                 while not self.gate.wait(0.01):
-                    job.check()
-                job.report(
+                    job.context.check()
+                job.context.report(
                     Progress(step + 1, params.num_inference_steps, image + 1, params.num_images)
                 )
         self.drawn.append(params.prompt)
-        return result(params, job.id, job.warnings, noise=self.noise)
+        return result(params, job.context.id, job.warnings, noise=self.noise)
 
 
 class HungryPipeline(FakePipeline):
@@ -82,6 +84,34 @@ class HungryPipeline(FakePipeline):
             time.sleep(1)
             raise OutOfMemory("it did not fit into GPU memory: ask for a smaller picture")
         return super().generate(job)
+
+
+class FakeLibrary(LoraLibrary):
+    """Has every LoRA but those called `missing…`; `fetched` holds every fetch until it is set."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.asked: list[str] = []
+        self.fetched = threading.Event()
+        self.fetched.set()
+
+    def find(self, spec: LoraSpec, on_bytes: Callable[[int, int | None], None]) -> LoraFile:
+        self.asked.append(spec.path)
+        while not self.fetched.wait(0.01):
+            on_bytes(0, None)
+        if spec.path.startswith("missing"):
+            raise LoraError(f"LoRA {spec.path!r} is not there")
+        return LoraFile(Path(spec.path), spec.path, "ab" * 32, "ai-toolkit", 192, (), (), {})
+
+
+def generator(
+    pipeline: FakePipeline, *, library: LoraLibrary | None = None, **settings: str
+) -> Generator:
+    """A generator on a fake pipeline, loaded."""
+    chosen = Settings.from_env(settings)
+    engine = Engine(lambda: pipeline, queue_size=chosen.queue_size).start()
+    engine.wait_ready(5)
+    return Generator(engine, library or FakeLibrary(), chosen, None)
 
 
 def result(
@@ -103,7 +133,7 @@ def result(
         mu=mu,
         sigmas=tuple(schedule.sigmas(mu, steps)),
         forwards=2 * steps * params.num_images,
-        timings={"total": 0.5},
+        timings=Timings(total=0.5),
         warnings=(*warnings, *missing),
         model=INFO,
     )
@@ -126,11 +156,25 @@ def request(**values: Any) -> GenerateRequest:
     return parse({"prompt": "a portrait", **values})
 
 
+def resolved(**values: Any) -> Resolved:
+    return resolve(request(**values), MODELS["nano"], lambda: 7)
+
+
 def params(**values: Any) -> GenerationParams:
-    return resolve(request(**values), MODELS["nano"], lambda: 7).params
+    return resolved(**values).params
+
+
+def delivery(**values: Any) -> Delivery:
+    return resolved(**values).delivery
+
+
+def context(
+    seconds: float = 30, on_progress: Callable[[Progress], None] = lambda _: None
+) -> RequestContext:
+    return RequestContext(time.monotonic() + seconds, on_progress=on_progress)
 
 
 def job(
     seconds: float = 30, on_progress: Callable[[Progress], None] = lambda _: None, **values: Any
 ) -> Job:
-    return Job(params(**values), time.monotonic() + seconds, on_progress=on_progress)
+    return Job(context(seconds, on_progress), params(**values))

@@ -31,6 +31,12 @@ from klein.request.schema import GenerateRequest, parse
         ({"lora_error": "ignore"}, "lora_error", "'continue' or 'fail'"),
         ({"return_type": "s3"}, "return_type", "known are base64, url"),
         ({"max_sequence_length": 513}, "max_sequence_length", "less than or equal to 512"),
+        ({"num_inference_steps": True}, "num_inference_steps", "must be a number"),
+        ({"num_inference_steps": "5"}, "num_inference_steps", "must be a number"),
+        ({"seed": True}, "seed", "must be a number"),
+        ({"guidance_scale": "2.5"}, "guidance_scale", "must be a number"),
+        ({"guidance_scale": True}, "guidance_scale", "must be a number"),
+        ({"loras": [{"path": "a", "scale": True}]}, "loras.0.scale", "must be a number"),
         ({"output_quality": 0}, "output_quality", "greater than or equal to 1"),
     ],
 )
@@ -45,12 +51,12 @@ def test_bad_values_name_the_field_and_the_way_out(
 
 
 def test_what_clients_send_is_taken() -> None:
-    """Floats without a fraction, numbers in text, jpg, a mu as number or text."""
+    """Floats without a fraction, jpg, a mu as number or text."""
     request = parse(
         {
             "prompt": "x",
             "num_inference_steps": 28.0,
-            "width": "512",
+            "width": 512.0,
             "output_format": "jpg",
             "schedule": "1.5",
         }

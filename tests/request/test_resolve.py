@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klein.errors import InvalidRequest, LoraError
+from klein.errors import InvalidRequest
 from klein.lora.file import LoraDefaults, LoraFile
 from klein.models.catalog import MODELS
 from klein.request.presets import PRESETS
-from klein.request.resolve import Resolved, resolve, settle_loras
+from klein.request.resolve import Resolved, resolve
 from klein.request.schema import GenerateRequest, parse
 
 NINE, NANO, DISTILLED = MODELS["klein-base-9B"], MODELS["nano"], MODELS["klein-9B"]
@@ -149,23 +149,3 @@ def test_bad_loras_in_the_prompt(prompt: str) -> None:
 
 def _file(scale: float | None = None, trigger: str | None = None) -> LoraFile:
     return LoraFile(Path("x"), "x", "0", "ai-toolkit", 1, (), (), {}, LoraDefaults(scale, trigger))
-
-
-def test_what_only_the_files_know() -> None:
-    """A scale left open is the file's, a missing trigger word is put in front; both are told."""
-    loras = [
-        {"path": "a.safetensors", "trigger": "auto"},
-        {"path": "b.safetensors", "scale": 0.5, "trigger": "auto"},
-        {"path": "c.safetensors", "trigger": "auto"},
-        {"path": "d.safetensors"},
-    ]
-    params = _resolve(prompt="Bob at the sea", loras=loras).params
-    files = [_file(0.8, "anna"), _file(0.9, "bob"), _file(), LoraError("gone")]
-    settled = settle_loras(params, files)
-    assert [x.scale for x in settled.params.loras] == [0.8, 0.5, 1.0, 1.0]
-    assert settled.params.prompt == "anna, Bob at the sea"
-    told = " · ".join(settled.warnings)
-    assert "a.safetensors acts at 0.8" in told
-    assert "'anna' was put in front" in told
-    assert "c.safetensors has no trigger word" in told
-    assert "bob" not in told

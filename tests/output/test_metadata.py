@@ -1,16 +1,18 @@
 import json
 import re
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from klein.core import GenerationParams, Timings
 from klein.errors import InvalidRequest
-from klein.output import metadata
-from klein.output import response as render
+from klein.output import metadata, response
 from klein.output.images import read_text
-from tests import fakes
+from tests.support import fakes
 
+PNG = fakes.delivery()
 A1111_PAIRS = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 """How A1111 reads its last line."""
 
@@ -21,7 +23,7 @@ text = st.text(st.characters(codec="utf-8", exclude_characters="\r"), min_size=1
 def test_any_prompt_comes_back(prompt: str, negative: str) -> None:
     """Even one that looks like the format itself."""
     result = fakes.result(fakes.params(prompt=prompt, negative_prompt=negative))
-    request = metadata.from_text(metadata.to_text(result, result.images[0]))
+    request = metadata.from_text(metadata.to_text(result, result.images[0], PNG))
     assert request.prompt == prompt
     assert (request.negative_prompt or "") == negative
 
@@ -39,15 +41,16 @@ def test_the_request_makes_the_same_parameters() -> None:
         "loras": [{"path": "a.safetensors", "scale": 0.5}, {"path": "b/c", "revision": "main"}],
     }
     result = fakes.result(fakes.params(**values))
-    again = metadata.from_text(metadata.to_text(result, result.images[1]))
-    expected = fakes.params(**{**values, "num_images": 1, "seed": 10})
-    assert fakes.params(**again.model_dump(exclude_none=True)) == expected
+    text = metadata.to_text(result, result.images[1], fakes.delivery(**values))
+    again = metadata.from_text(text).model_dump(exclude_none=True)
+    expected = fakes.resolved(**{**values, "num_images": 1, "seed": 10})
+    assert fakes.resolved(**again) == expected
 
 
 def test_the_proof_of_each_lora_is_in_the_picture() -> None:
     """Hash, format, rank, layers and the size of the change, for whoever finds the file later."""
     result = fakes.result(fakes.params(loras=[{"path": "a.safetensors"}, {"path": "missing"}]))
-    text = metadata.to_text(result, result.images[0])
+    text = metadata.to_text(result, result.images[0], PNG)
     own = json.loads(json.loads(text.rsplit(", klein: ", 1)[1]))
     (report,) = own["lora_reports"]
     assert report["sha256"] == "ab" * 32
@@ -58,20 +61,20 @@ def test_the_proof_of_each_lora_is_in_the_picture() -> None:
 def test_a_lora_that_did_not_act_is_not_asked_for_again() -> None:
     """The picture was made without it."""
     result = fakes.result(fakes.params(loras=[{"path": "missing"}, {"path": "a.safetensors"}]))
-    again = metadata.from_text(metadata.to_text(result, result.images[0]))
+    again = metadata.from_text(metadata.to_text(result, result.images[0], PNG))
     assert [lora.path for lora in again.loras] == ["a.safetensors"]
 
 
 def test_the_last_seed_of_a_batch_can_be_drawn_again() -> None:
     """After the largest seed comes 0, which is a seed that a request may name."""
     result = fakes.result(fakes.params(seed=2**32 - 1, num_images=2))
-    assert metadata.from_text(metadata.to_text(result, result.images[1])).seed == 0
+    assert metadata.from_text(metadata.to_text(result, result.images[1], PNG)).seed == 0
 
 
 def test_a1111_can_read_it() -> None:
     """Its own pattern finds steps, guidance, seed, size, model and LoRA hashes."""
     result = fakes.result(fakes.params(seed=5, loras=[{"path": "a.safetensors"}]))
-    last = metadata.to_text(result, result.images[0]).splitlines()[-1]
+    last = metadata.to_text(result, result.images[0], PNG).splitlines()[-1]
     pairs = dict(A1111_PAIRS.findall(last))
     assert pairs["Steps"] == "28"
     assert pairs["CFG scale"] == "2.5"
@@ -83,8 +86,8 @@ def test_a1111_can_read_it() -> None:
 
 def test_the_longest_prompts_fit_into_exif() -> None:
     """A JPEG's EXIF holds 64 KB; the longest request must fit."""
-    long = fakes.params(prompt="木" * 5000, negative_prompt="😀" * 5000, output_format="jpeg")
-    (picture,) = render.encode(fakes.result(long))
+    long = fakes.params(prompt="木" * 5000, negative_prompt="😀" * 5000)
+    (picture,) = response.encode(fakes.result(long), fakes.delivery(output_format="jpeg"))
     assert metadata.from_text(read_text(picture.data)).prompt == "木" * 5000
 
 
@@ -93,3 +96,21 @@ def test_foreign_text_is_refused(text: str) -> None:
     """Pictures of other programs are said to be that."""
     with pytest.raises(InvalidRequest):
         metadata.from_text(text)
+
+
+def test_no_parameter_is_forgotten() -> None:
+    """Every field of the parameters is in the text, so a new one cannot be left out."""
+    result = fakes.result(fakes.params(loras=[{"path": "a.safetensors"}]))
+    text = metadata.to_text(result, result.images[0], PNG)
+    own = json.loads(json.loads(text.rsplit(", klein: ", 1)[1]))
+    assert {field.name for field in fields(GenerationParams)} <= set(own)
+
+
+def test_the_same_request_makes_the_same_text() -> None:
+    """What differs from run to run, such as how long a LoRA took, stays out of the file."""
+    params = fakes.params(loras=[{"path": "a.safetensors"}])
+    first, second = fakes.result(params), fakes.result(params, id="another")
+    slow = tuple(replace(report, seconds=9.0) for report in second.loras)
+    second = replace(second, loras=slow, timings=Timings(total=99))
+    texts = [metadata.to_text(each, each.images[0], PNG) for each in (first, second)]
+    assert texts[0] == texts[1]

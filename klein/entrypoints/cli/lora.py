@@ -1,0 +1,68 @@
+"""`klein lora`: list, inspect, add, remove and convert LoRAs."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from klein.app import build
+from klein.entrypoints.cli.exit_codes import OK
+from klein.lora import file
+from klein.lora.library import LoraLibrary, describe
+from klein.lora.spec import LoraSpec
+from klein.settings import Settings
+
+
+def list_loras(args: argparse.Namespace) -> int:
+    """`lora list`: every LoRA at hand, a line each."""
+    for row in _library().entries():
+        words = ", ".join(row.get("trigger_words", ()))
+        facts = row.get("error") or f"{row['format']}, rank {row['rank']}, for {row['base']}"
+        size = f"{row['bytes'] / 1e6:.1f} MB"
+        print(f"{row['name']:<32} {size:>10}  {facts}{f', trigger {words}' if words else ''}")
+    return OK
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """`lora inspect`: what a file is, as JSON."""
+    print(json.dumps(describe(file.inspect(args.file, args.file.name)), indent=2))
+    return OK
+
+
+def add(args: argparse.Namespace) -> int:
+    """`lora add`: copy a file, or what a reference names, into the folder."""
+    local = Path(args.path)
+    if local.is_file():
+        with local.open("rb") as source:
+            chunks = iter(lambda: source.read(1 << 20), b"")
+            row = _library().add(args.name or local.name, chunks)
+    else:
+        spec = LoraSpec(args.path, weight_name=args.weight_name, revision=args.revision)
+        row = _library().add_reference(spec, args.name, _print_bytes)
+    print(f"{row['name']}: {row['format']}, rank {row['rank']}, for {row['base']}")
+    return OK
+
+
+def remove(args: argparse.Namespace) -> int:
+    """`lora remove`: delete a LoRA of the folder."""
+    _library().remove(args.name)
+    return OK
+
+
+def convert(args: argparse.Namespace) -> int:
+    """`lora convert`: write any LoRA in diffusers' format."""
+    from klein.inference.adapters.convert import convert
+
+    rank = convert(file.inspect(args.file, args.file.name), args.output)
+    print(f"{args.output}: diffusers, rank {rank}")
+    return OK
+
+
+def _print_bytes(have: int, total: int | None) -> None:
+    of = f" of {total / 1e6:.0f}" if total else ""
+    print(f"\r{have / 1e6:.0f}{of} MB", end="\n" if have == total else "", file=sys.stderr)
+
+
+def _library() -> LoraLibrary:
+    return build.library(Settings.from_env(os.environ))

@@ -1,0 +1,90 @@
+"""What a client wants to know before it asks: presets, models, limits, readiness."""
+
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from klein import __version__
+from klein.app.generator import Generator
+from klein.engine.engine import State
+from klein.models import sizes
+from klein.models.catalog import MODELS
+from klein.models.samplers import SAMPLERS
+from klein.models.schedule import SCHEDULES
+from klein.output.response import model_json
+from klein.request.formats import FORMATS, RETURN_TYPES
+from klein.request.presets import DEFAULT_PRESET, PRESETS
+from klein.request.schema import MAX_LORAS, GenerateRequest
+
+router = APIRouter()
+
+
+@router.get("/presets")
+async def presets() -> dict[str, Any]:
+    """Named defaults for what a request leaves open."""
+    return {"default": DEFAULT_PRESET, "presets": [asdict(row) for row in PRESETS.values()]}
+
+
+@router.get("/models")
+async def models(request: Request) -> dict[str, Any]:
+    """The models klein knows, and the one that is loaded."""
+    ready = _ready(request)
+    loaded = ready.engine.pipeline.info.id if ready else None
+    return {"loaded": loaded, "models": [asdict(row) for row in MODELS.values()]}
+
+
+@router.get("/capabilities")
+async def capabilities(request: Request) -> dict[str, Any]:
+    """Everything this server can do: tables, limits, the request's schema, queue and model."""
+    generator, ready = _generator(request), _ready(request)
+    return {
+        "klein": __version__,
+        "schedules": {name: doc for name, (_, doc) in SCHEDULES.items()},
+        "samplers": {row.name: row.doc for row in SAMPLERS.values()},
+        "formats": [asdict(row) for row in FORMATS.values()],
+        "return_types": RETURN_TYPES,
+        "limits": {
+            "multiple_of": sizes.MULTIPLE,
+            "smallest_side": sizes.SMALLEST,
+            "most_pixels": sizes.MAX_PIXELS,
+            "most_aspect": sizes.MAX_ASPECT,
+            "loras": MAX_LORAS,
+        },
+        "request": GenerateRequest.model_json_schema(),
+        "queue": asdict(generator.engine.stats()) if generator else None,
+        "model": _model(ready) if ready else None,
+    }
+
+
+@router.get("/ping")
+async def ping(request: Request) -> Response:
+    """As RunPod's load balancer asks: 204 while loading, 200 when ready, 503 when broken."""
+    generator = _generator(request)
+    match generator.engine.state if generator else State.LOADING:
+        case State.LOADING:
+            return Response(status_code=204)
+        case State.READY:
+            return JSONResponse({"status": "ready"})
+        case State.UNHEALTHY | State.FAILED | State.STOPPED as state:
+            return JSONResponse({"status": str(state)}, status_code=503)
+
+
+def _model(generator: Generator) -> dict[str, Any]:
+    pipeline = generator.engine.pipeline
+    return {
+        **model_json(pipeline.info),
+        "spec": asdict(pipeline.info.spec),
+        **asdict(pipeline.stats()),
+    }
+
+
+def _generator(request: Request) -> Generator | None:
+    generator: Generator | None = request.app.state.generator
+    return generator
+
+
+def _ready(request: Request) -> Generator | None:
+    generator = _generator(request)
+    return generator if generator and generator.engine.state is State.READY else None

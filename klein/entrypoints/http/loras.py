@@ -1,0 +1,118 @@
+"""The LoRAs of a server over HTTP: list them, and where it is allowed add and delete them."""
+
+import asyncio
+import contextlib
+import json
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import IO, Any, TypeVar
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from klein.entrypoints.http.errors import error_response
+from klein.errors import InvalidRequest, KleinError
+from klein.lora.library import LoraLibrary
+from klein.lora.spec import LoraSpec
+from klein.sources.fetch import MAX_BYTES
+
+router = APIRouter()
+T = TypeVar("T")
+
+
+@router.get("/loras")
+async def list_loras(request: Request) -> Response:
+    """Every LoRA at hand, with what is known of it."""
+    return await _answer(_library(request).entries, lambda rows: {"loras": rows})
+
+
+@router.post("/loras")
+async def add_lora(request: Request) -> Response:
+    """Take a file as the body (`?name=x.safetensors`), as a form's `file`, or fetch the
+    `{"path": …}` of a JSON body."""
+    try:
+        _require_uploads(request)
+        library = _library(request)
+        kind = request.headers.get("content-type", "").split(";")[0]
+        if kind == "application/json":
+            spec, name = _reference(await request.body())
+            return await _answer(partial(library.add_reference, spec, name), lambda row: row)
+        async with _body(request, kind) as (file, name):
+            if name is None:
+                raise InvalidRequest("name: add ?name=x.safetensors to the address", field="name")
+            chunks = iter(partial(file.read, 1 << 20), b"")
+            return await _answer(partial(library.add, name, chunks), lambda row: row)
+    except KleinError as error:
+        return error_response(error)
+
+
+@router.delete("/loras/{name:path}")
+async def remove_lora(request: Request, name: str) -> Response:
+    """Delete a LoRA of the folder."""
+    try:
+        _require_uploads(request)
+    except KleinError as error:
+        return error_response(error)
+    return await _answer(partial(_library(request).remove, name), lambda _: {"removed": name})
+
+
+def _library(request: Request) -> LoraLibrary:
+    library: LoraLibrary = request.app.state.generator.library
+    return library
+
+
+def _require_uploads(request: Request) -> None:
+    if not request.app.state.generator.settings.lora_uploads:
+        raise InvalidRequest(
+            "LoRAs cannot be added or deleted over HTTP: start klein with KLEIN_LORA_UPLOADS=on"
+        )
+
+
+def _reference(body: bytes) -> tuple[LoraSpec, str | None]:
+    try:
+        given = json.loads(body)
+        name = given.pop("name", None)
+        texts = {key: str(given.pop(key)) for key in ("weight_name", "revision") if key in given}
+        spec = LoraSpec(
+            str(given.pop("path")),
+            weight_name=texts.get("weight_name"),
+            revision=texts.get("revision"),
+        )
+        if given:
+            raise ValueError(given)
+        return spec, name
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidRequest(
+            'send {"path": "owner/repo"}, with name, weight_name and revision if needed'
+        ) from error
+
+
+@contextlib.asynccontextmanager
+async def _body(request: Request, kind: str) -> AsyncIterator[tuple[IO[bytes], str | None]]:
+    """An uploaded file on disk, bounded, and its name."""
+    name = request.query_params.get("name")
+    if kind == "multipart/form-data":
+        async with request.form(max_files=1, max_fields=4) as form:
+            upload = form.get("file")
+            if upload is None or isinstance(upload, str):
+                raise InvalidRequest("file: the form has no file of that name", field="file")
+            yield upload.file, name or upload.filename
+        return
+    with tempfile.TemporaryFile() as file:
+        size = 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > MAX_BYTES:
+                raise InvalidRequest(f"the file is larger than {MAX_BYTES} bytes")
+            await asyncio.to_thread(file.write, chunk)
+        file.seek(0)
+        yield file, name
+
+
+async def _answer(work: Callable[[], T], shape: Callable[[T], Any]) -> Response:
+    """Do `work`, which reads and writes files, beside the event loop."""
+    try:
+        return JSONResponse(shape(await asyncio.to_thread(work)))
+    except KleinError as error:
+        return error_response(error)
