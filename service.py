@@ -26,7 +26,7 @@ from klein.output.delivery import Bucket
 from klein.request.schema import GenerateRequest
 from klein.settings import Settings
 
-log = logging.getLogger("bentoml.klein")
+log = logging.getLogger("klein.service")
 
 GAUGES = {
     row.name: bentoml.metrics.Gauge(row.name, row.doc, multiprocess_mode="livemax")
@@ -95,6 +95,7 @@ class Klein:
             _stop(error)
 
     def __init__(self) -> None:
+        _log_as_bentoml_does()
         self.generator = build.generator(
             SETTINGS,
             self._load_and_greet,
@@ -183,6 +184,13 @@ def _give_up(error: KleinError) -> None:
     if "BENTOML_CONTAINERIZED" not in os.environ:
         os.kill(os.getppid(), signal.SIGTERM)
     os._exit(1)
+
+
+def _log_as_bentoml_does() -> None:
+    """klein's loggers write where BentoML's do, in the same form."""
+    theirs, ours = logging.getLogger("bentoml"), logging.getLogger("klein")
+    ours.handlers, ours.propagate = theirs.handlers, False
+    ours.setLevel(theirs.level)
 
 
 def _port() -> int:

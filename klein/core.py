@@ -145,6 +145,28 @@ class Progress:
         return min(1.0, done / max(1, self.steps * self.images))
 
 
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What image `image` (from 1) would be after step `step` of `steps`: a small picture from a
+    linear map of the latents, or with `decoded` the VAE's picture of the predicted clean latents."""
+
+    step: int
+    steps: int
+    image: int
+    picture: "Image"
+    decoded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewRequest:
+    """Which previews a caller wants: a small one every `every` steps (0: none), and `decoded` of
+    them by the VAE, spread evenly over the steps. `receive` is called in the pipeline's thread."""
+
+    receive: Callable[[Preview], None]
+    every: int = 0
+    decoded: int = 0
+
+
 def new_id() -> str:
     """A request's id: 16 hexadecimal digits."""
     return uuid.uuid4().hex[:16]
@@ -162,6 +184,7 @@ class RequestContext:
     deadline: float
     id: str = field(default_factory=new_id)
     on_progress: Callable[[Progress], None] = lambda _: None
+    previews: PreviewRequest | None = None
     submitted: float = field(default_factory=time.monotonic)
     _cancelled: threading.Event = field(default_factory=threading.Event)
 

@@ -10,7 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from klein.app.prepare import prepare
-from klein.core import Delivery, GenerationResult, Job, Progress, RequestContext, new_id
+from klein.core import (
+    Delivery,
+    GenerationResult,
+    Job,
+    PreviewRequest,
+    Progress,
+    RequestContext,
+    new_id,
+)
 from klein.engine.engine import Engine
 from klein.errors import QueueFull
 from klein.lora.library import LoraLibrary
@@ -46,11 +54,14 @@ class Generator:
         self._threads = ThreadPoolExecutor(PREPARING_THREADS, "klein-prepare")
 
     def context(
-        self, id: str = "", on_progress: Callable[[Progress], None] = lambda _: None
+        self,
+        id: str = "",
+        on_progress: Callable[[Progress], None] = lambda _: None,
+        previews: PreviewRequest | None = None,
     ) -> RequestContext:
         """A context whose deadline is KLEIN_TIMEOUT from now; without `id` it makes its own."""
         deadline = time.monotonic() + self.settings.timeout
-        return RequestContext(deadline, id or new_id(), on_progress)
+        return RequestContext(deadline, id or new_id(), on_progress, previews)
 
     def resolve(self, request: GenerateRequest) -> Resolved:
         """Decide what will be drawn; raises InvalidRequest, or NotReady before a model is there."""

@@ -19,6 +19,7 @@ from klein.core import (
     LoraReport,
     ModelInfo,
     PipelineStats,
+    Preview,
     Progress,
     RequestContext,
     Timings,
@@ -72,8 +73,23 @@ class FakePipeline:
                 job.context.report(
                     Progress(step + 1, params.num_inference_steps, image + 1, params.num_images)
                 )
+                _preview(job, step + 1, image + 1)
         self.drawn.append(params.prompt)
         return result(params, job.context.id, job.warnings, noise=self.noise)
+
+
+def _preview(job: Job, step: int, image: int) -> None:
+    """What the context asked to see after a step: every so many, and decoded ones spread evenly."""
+    wanted, steps = job.context.previews, job.params.num_inference_steps
+    if wanted is None:
+        return
+    if wanted.every and step % wanted.every == 0:
+        wanted.receive(Preview(step, steps, image, Image.new("RGB", (32, 32), (step, 0, 0))))
+    if wanted.decoded and step in {
+        steps * n // (wanted.decoded + 1) for n in range(1, wanted.decoded + 1)
+    }:
+        picture = Image.new("RGB", (job.params.width, job.params.height), (step, 0, 0))
+        wanted.receive(Preview(step, steps, image, picture, decoded=True))
 
 
 class HungryPipeline(FakePipeline):
