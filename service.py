@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import bentoml
 from PIL import Image
@@ -19,7 +19,7 @@ from klein.app.generator import Generated
 from klein.core import ImagePipeline
 from klein.engine.engine import State
 from klein.entrypoints.http.answers import image_response, json_response, run_while_connected
-from klein.entrypoints.http.app import connect, create_app
+from klein.entrypoints.http.app import connect, create_app, middlewares
 from klein.entrypoints.http.errors import error_response
 from klein.errors import InternalError, InvalidRequest, KleinError
 from klein.output.delivery import Bucket
@@ -35,6 +35,7 @@ GAUGES = {
 LEAVE_SECONDS = 30.0
 """How long an unhealthy worker may take to deliver its answers."""
 
+T = TypeVar("T")
 Render = Callable[[Generated], Response]
 
 
@@ -44,14 +45,15 @@ def _stop(error: KleinError) -> NoReturn:
     sys.exit(1)
 
 
-def _settings() -> Settings:
+def _checked(read: Callable[[], T]) -> T:
+    """What `read` gives; a setting that cannot work ends the start."""
     try:
-        return Settings.from_env(os.environ)
+        return read()
     except KleinError as error:
         _stop(error)
 
 
-SETTINGS = _settings()
+SETTINGS = _checked(lambda: Settings.from_env(os.environ))
 APP = create_app()
 
 
@@ -109,6 +111,8 @@ class Klein:
         pipeline = self.load()
         url = f"http://localhost:{_port()}"
         log.info("%s is ready at %s; try:\n\n%s\n", SETTINGS.model_id, url, _example(url))
+        if not (SETTINGS.api_keys or SETTINGS.api_keys_file):
+            log.info("everybody who can reach it may use it: KLEIN_API_KEYS would ask for a key")
         return pipeline
 
     def __is_ready__(self) -> bool:
@@ -208,3 +212,7 @@ def _example(url: str) -> str:
         f"  curl -s -X POST {url}/generate -H 'content-type: application/json' \\\n"
         """    -d '{"prompt": "a portrait", "seed": 1}' -o a.png"""
     )
+
+
+for _middleware, _options in _checked(lambda: middlewares(SETTINGS)):
+    Klein.add_asgi_middleware(_middleware, **_options)  # type: ignore[attr-defined]

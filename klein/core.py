@@ -147,8 +147,8 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What image `image` (from 1) would be after step `step` of `steps`: a small picture from a
-    linear map of the latents, or with `decoded` the VAE's picture of the predicted clean latents."""
+    """What image `image` (from 1) would be after step `step` of `steps`: a small picture by a
+    linear map of the latents, or with `decoded` by the VAE from the predicted clean latents."""
 
     step: int
     steps: int

@@ -3,6 +3,10 @@
 KleinError
 ├── InvalidRequest      the caller's fault; `field` names what to change
 │   └── LoraError       a LoRA that cannot be found, read or applied
+├── Unauthorized        no key, or a wrong one
+├── Forbidden           a key without the right to do this, or a page of another origin
+├── RequestTooLarge     more bytes than a route takes
+├── RequestTooSlow      a body that did not arrive in time
 ├── BadSetting          an environment variable with a value that cannot work
 ├── ModelUnavailable    the model cannot be found, fetched or fitted into this machine
 ├── NotReady            the model is still loading, or the worker is being replaced
@@ -25,6 +29,10 @@ class ErrorCode(StrEnum):
 
     INVALID_REQUEST = "invalid_request"
     LORA_FAILED = "lora_failed"
+    UNAUTHORIZED = "unauthorized"
+    FORBIDDEN = "forbidden"
+    REQUEST_TOO_LARGE = "request_too_large"
+    REQUEST_TOO_SLOW = "request_too_slow"
     BAD_SETTING = "bad_setting"
     MODEL_UNAVAILABLE = "model_unavailable"
     NOT_READY = "not_ready"
@@ -64,6 +72,23 @@ class InvalidRequest(KleinError):
 
 class LoraError(InvalidRequest):
     code = ErrorCode.LORA_FAILED
+
+
+class Unauthorized(KleinError):
+    code = ErrorCode.UNAUTHORIZED
+
+
+class Forbidden(KleinError):
+    code = ErrorCode.FORBIDDEN
+
+
+class RequestTooLarge(KleinError):
+    code = ErrorCode.REQUEST_TOO_LARGE
+
+
+class RequestTooSlow(KleinError):
+    code = ErrorCode.REQUEST_TOO_SLOW
+    retryable = True
 
 
 class BadSetting(KleinError):

@@ -44,6 +44,10 @@ def _switch(text: str) -> bool:
     return _choice("on", "off")(text) == "on"
 
 
+def _names(text: str) -> frozenset[str]:
+    return frozenset(name.strip() for name in text.split(",") if name.strip())
+
+
 def _folder(text: str) -> Path:
     path = Path(text).expanduser()
     if not path.is_dir():
@@ -131,11 +135,32 @@ class Settings:
     fetch_hosts: frozenset[str] = _setting(
         "KLEIN_FETCH_HOSTS",
         frozenset(),
-        lambda text: frozenset(host.strip() for host in text.split(",")),
+        _names,
         "hosts of your own network LoRAs may come from, such as `store.lan,10.0.0.5:9000`",
     )
     lora_uploads: bool = _setting(
         "KLEIN_LORA_UPLOADS", False, _switch, "`on` lets callers add and delete LoRAs over HTTP"
+    )
+    api_keys: Secret | None = _setting(
+        "KLEIN_API_KEYS",
+        None,
+        Secret,
+        "keys callers must show, `NAME:KEY` or `NAME:KEY:uploads`, separated by commas",
+    )
+    api_keys_file: Path | None = _setting(
+        "KLEIN_API_KEYS_FILE", None, Path, "a file with such keys, one a line"
+    )
+    cors_origins: frozenset[str] = _setting(
+        "KLEIN_CORS_ORIGINS",
+        frozenset(),
+        _names,
+        "origins whose pages may call klein, such as `https://app.example`; `*` for all",
+    )
+    max_body_mb: float = _setting(
+        "KLEIN_MAX_BODY_MB",
+        48.0,
+        _number(float, 1, 1000),
+        "largest request body in MB on routes that take pictures; 1 MB elsewhere",
     )
     prompt_loras: bool = _setting(
         "KLEIN_PROMPT_LORAS", False, _switch, "`on` understands `<lora:name:0.8>` in prompts"

@@ -12,6 +12,7 @@ import service
 from klein.app.generator import Generator
 from klein.engine.engine import Engine, State
 from klein.entrypoints.http.app import connect, create_app
+from klein.entrypoints.http.auth import RequireKey, read_keys
 from klein.errors import DeliveryFailed, KleinError, LoraError, OutOfMemory
 from klein.lora.library import LoraLibrary
 from klein.output.images import read_text
@@ -260,3 +261,24 @@ def test_loras_cannot_be_changed_unless_allowed(client: TestClient) -> None:
     ):
         assert answer.status_code == 400
         assert "KLEIN_LORA_UPLOADS=on" in answer.json()["error"]["message"]
+
+
+def test_bentomls_own_routes_want_a_key_too(client: TestClient) -> None:
+    """Pages and metrics as well; probes do not."""
+    keys = read_keys(Settings.from_env({"KLEIN_API_KEYS": "anna:0123456789abcdef"}))
+    keyed = TestClient(RequireKey(client.app, keys))
+    right, body = {"x-api-key": "0123456789abcdef"}, {"prompt": "x"}
+    for path in ("/", "/docs.json", "/schema.json", "/metrics", "/presets", "/nothing"):
+        assert keyed.get(path).status_code == 401
+    for path in ("/generate", "/generate_json"):
+        assert keyed.post(path, json=body).status_code == 401
+        assert keyed.post(path, json=body, headers=right).status_code == 200
+    for path in ("/livez", "/readyz", "/healthz", "/ping"):
+        assert keyed.get(path).status_code == 200
+
+
+def test_only_json_draws(client: TestClient) -> None:
+    """BentoML would unpickle a body that says it is a pickle, and spool a form."""
+    for kind in ("application/vnd.bentoml+pickle", "multipart/form-data; boundary=x", "text/plain"):
+        answer = client.post("/generate", content=b"{}", headers={"content-type": kind})
+        assert (answer.status_code, answer.json()["error"]["field"]) == (400, "content-type")

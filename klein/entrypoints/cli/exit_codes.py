@@ -12,11 +12,13 @@ def exit_code(code: ErrorCode) -> int:
     match code:
         case ErrorCode.INVALID_REQUEST | ErrorCode.LORA_FAILED | ErrorCode.BAD_SETTING:
             return CALLERS_FAULT
+        case ErrorCode.UNAUTHORIZED | ErrorCode.FORBIDDEN | ErrorCode.REQUEST_TOO_LARGE:
+            return CALLERS_FAULT
         case ErrorCode.MODEL_UNAVAILABLE | ErrorCode.INTERNAL | ErrorCode.OUTPUT_TOO_LARGE:
             return BROKEN
         case ErrorCode.NOT_READY | ErrorCode.QUEUE_FULL | ErrorCode.DEADLINE_EXCEEDED:
             return TRY_AGAIN
-        case ErrorCode.OUT_OF_MEMORY | ErrorCode.DELIVERY_FAILED:
+        case ErrorCode.OUT_OF_MEMORY | ErrorCode.DELIVERY_FAILED | ErrorCode.REQUEST_TOO_SLOW:
             return TRY_AGAIN
         case ErrorCode.CANCELLED:
             return INTERRUPTED

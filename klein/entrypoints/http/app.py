@@ -1,9 +1,18 @@
 """The FastAPI app beside BentoML's own routes; it runs without BentoML too."""
 
+from typing import Any
+
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from klein.app.generator import Generator
 from klein.entrypoints.http import catalog, loras
+from klein.entrypoints.http.auth import RequireKey, read_keys
+from klein.entrypoints.http.limits import MB, LimitRequests
+from klein.settings import Settings
+
+Middleware = tuple[Any, dict[str, Any]]
+"""A class of ASGI middleware, and its options."""
 
 
 def create_app() -> FastAPI:
@@ -18,3 +27,23 @@ def create_app() -> FastAPI:
 def connect(app: FastAPI, generator: Generator) -> None:
     """Let `app` answer for `generator`."""
     app.state.generator = generator
+
+
+def middlewares(settings: Settings) -> list[Middleware]:
+    """What every request passes, outermost first; raises BadSetting for keys that are none."""
+    chain: list[Middleware] = []
+    if settings.cors_origins:
+        allowed = {"allow_origins": sorted(settings.cors_origins)}
+        chain.append((CORSMiddleware, {**allowed, "allow_methods": ["*"], "allow_headers": ["*"]}))
+    chain.append((RequireKey, {"keys": read_keys(settings)}))
+    chain.append((LimitRequests, {"picture_bytes": int(settings.max_body_mb * MB)}))
+    return chain
+
+
+def standalone(generator: Generator) -> FastAPI:
+    """The app with its middlewares, without BentoML around it."""
+    app = create_app()
+    connect(app, generator)
+    for middleware, options in reversed(middlewares(generator.settings)):
+        app.add_middleware(middleware, **options)
+    return app

@@ -12,6 +12,14 @@ def http_status(code: ErrorCode) -> int:
     match code:
         case ErrorCode.INVALID_REQUEST | ErrorCode.BAD_SETTING:
             return 400
+        case ErrorCode.UNAUTHORIZED:
+            return 401
+        case ErrorCode.FORBIDDEN:
+            return 403
+        case ErrorCode.REQUEST_TOO_SLOW:
+            return 408
+        case ErrorCode.REQUEST_TOO_LARGE:
+            return 413
         case ErrorCode.LORA_FAILED:
             return 422
         case ErrorCode.QUEUE_FULL:

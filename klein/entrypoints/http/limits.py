@@ -1,0 +1,176 @@
+"""What a request may weigh and how long it may take to arrive, checked before anything reads it."""
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from klein.entrypoints.http.errors import error_response
+from klein.errors import InvalidRequest, KleinError, RequestTooLarge, RequestTooSlow
+from klein.sources.fetch import MAX_BYTES
+
+MB = 1_000_000
+JSON_BYTES = MB
+"""Of a body on routes that take no pictures."""
+HEADER_BYTES = 32_000
+JSON_PUNCTUATION = 20_000
+"""Brackets and commas of a JSON body at most: a picture in base64 has none."""
+BODY_SECONDS = 30.0
+"""Without a byte of the body, and besides what its bytes need at BODY_RATE."""
+BODY_RATE = 50_000
+"""Bytes a second that a body must keep up on average."""
+WITH_PICTURES = ("/generate", "/generate_json", "/jobs", "/v1/images/edits")
+UPLOADS = "/loras"
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """What a path takes: bytes of a body, and whether it must be JSON."""
+
+    most: int
+    json_only: bool = False
+
+
+class LimitRequests:
+    """ASGI middleware: refuses bodies that are too large, too slow or no JSON, in klein's shape.
+
+    JSON bodies are read whole, within their bound, and checked to be JSON of bounded structure
+    before any framework parses them; other bodies are counted as they stream.
+    """
+
+    def __init__(self, app: ASGIApp, picture_bytes: int) -> None:
+        self._app = app
+        self._picture_bytes = picture_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the request through, or answer it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            rule = self._rule(scope["path"])
+            kind = _check_headers(scope, rule)
+            bounded = _Bounded(receive, rule.most)
+            if kind == "application/json":
+                body = await bounded.read()
+                await _check_json(body)
+                await self._app(scope, _Replay(body, receive), send)
+                return
+        except KleinError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        await bounded.run(self._app, scope, send)
+
+    def _rule(self, path: str) -> _Rule:
+        if path.startswith(UPLOADS):
+            return _Rule(MAX_BYTES)
+        if path.startswith(("/generate", "/generate_json")):
+            return _Rule(self._picture_bytes, json_only=True)
+        return _Rule(self._picture_bytes if path.startswith(WITH_PICTURES) else JSON_BYTES)
+
+
+def _check_headers(scope: Scope, rule: _Rule) -> str:
+    """The body's media type, "" for a request without a body."""
+    size = sum(len(name) + len(value) for name, value in scope["headers"])
+    if size > HEADER_BYTES:
+        raise RequestTooLarge(f"the headers have {size} bytes; {HEADER_BYTES} are the most")
+    headers = Headers(scope=scope)
+    length = headers.get("content-length", "")
+    if length.isdigit() and int(length) > rule.most:
+        raise RequestTooLarge(f"the body has {length} bytes; {rule.most} are the most here")
+    kind = headers.get("content-type", "").split(";")[0].strip().lower()
+    if rule.json_only and scope["method"] == "POST" and kind != "application/json":
+        raise InvalidRequest("content-type: send application/json", field="content-type")
+    return kind if scope["method"] in ("POST", "PUT", "PATCH") else ""
+
+
+async def _check_json(body: bytes) -> None:
+    """Refuse what is not JSON, or has more structure than any request."""
+    punctuation = sum(body.count(sign) for sign in (b"{", b"[", b","))
+    if punctuation > JSON_PUNCTUATION:
+        raise RequestTooLarge(f"the JSON has {punctuation} parts; {JSON_PUNCTUATION} are the most")
+    try:
+        await asyncio.to_thread(json.loads, body)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, json.JSONDecodeError) else "it cannot be read"
+        raise InvalidRequest(f"the body is not JSON: {reason}") from error
+
+
+class _Bounded:
+    """A request's body, counted and timed."""
+
+    def __init__(self, receive: Receive, most: int) -> None:
+        self._receive = receive
+        self._most = most
+        self._size = 0
+        self._started = time.monotonic()
+        self._fault: KleinError | None = None
+
+    async def __call__(self) -> Message:
+        """The next message; raises RequestTooLarge or RequestTooSlow."""
+        left = self._started + BODY_SECONDS + self._size / BODY_RATE - time.monotonic()
+        try:
+            message = await asyncio.wait_for(self._receive(), max(0.0, left))
+        except TimeoutError as error:
+            raise RequestTooSlow("the body did not arrive in time") from error
+        self._size += len(message.get("body", b""))
+        if self._size > self._most:
+            raise RequestTooLarge(f"the body is over {self._most} bytes, the most here")
+        return message
+
+    async def read(self) -> bytes:
+        """The whole body; what arrived of it when the caller hangs up."""
+        parts, more = [], True
+        while more:
+            message = await self()
+            parts.append(message.get("body", b""))
+            more = message["type"] == "http.request" and message.get("more_body", False)
+        return b"".join(parts)
+
+    async def run(self, app: ASGIApp, scope: Scope, send: Send) -> None:
+        """Run `app` on the body as it streams; the refusal is sent here, whatever `app` says."""
+        done = started = False
+
+        async def receive() -> Message:
+            nonlocal done
+            if done:
+                return await self._receive()
+            try:
+                message = await self()
+            except KleinError as error:
+                self._fault, done = error, True
+                return {"type": "http.disconnect"}
+            done = message["type"] != "http.request" or not message.get("more_body", False)
+            return message
+
+        async def guarded(message: Message) -> None:
+            nonlocal started
+            if self._fault is None or started:
+                started = True
+                await send(message)
+
+        try:
+            await app(scope, receive, guarded)
+        except Exception:
+            if self._fault is None:
+                raise
+        if self._fault is not None and not started:
+            await error_response(self._fault)(scope, receive, send)
+
+
+class _Replay:
+    """A body that was read already, then whatever the caller does next."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._body: bytes | None = body
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        """The body once, then the connection's own messages."""
+        body, self._body = self._body, None
+        if body is None:
+            return await self._receive()
+        return {"type": "http.request", "body": body, "more_body": False}

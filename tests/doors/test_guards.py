@@ -1,0 +1,217 @@
+"""Keys and limits, on the app alone and on the whole service."""
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from starlette.testclient import TestClient
+from starlette.types import Message
+
+from klein.entrypoints.http import limits
+from klein.entrypoints.http.app import middlewares, standalone
+from klein.entrypoints.http.auth import OPEN_PATHS
+from klein.errors import BadSetting
+from klein.lora.library import LoraLibrary
+from klein.settings import Settings
+from tests.support import fakes
+
+KEYS = "anna:0123456789abcdef,ops:fedcba9876543210:uploads"
+NO_KEY: list[dict[str, Any]] = [
+    {},
+    {"authorization": "Bearer 0123456789abcdefx"},
+    {"authorization": "Basic x"},
+    {"x-api-key": b"\xe9"},
+]
+ANNA, OPS = "0123456789abcdef", "fedcba9876543210"
+
+
+def client(**settings: str) -> TestClient:
+    return TestClient(standalone(fakes.generator(fakes.FakePipeline(), **settings)))
+
+
+def code(answer: Any) -> tuple[int, str]:
+    return answer.status_code, answer.json()["error"]["code"]
+
+
+@pytest.fixture(scope="module")
+def keyed() -> Iterator[TestClient]:
+    with client(KLEIN_API_KEYS=KEYS) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def unkeyed() -> Iterator[TestClient]:
+    with client() as made:
+        yield made
+
+
+def test_every_route_wants_a_key(keyed: TestClient) -> None:
+    """But those of probes: without one 401, with a wrong one 401, with a right one not."""
+    paths = keyed.app.openapi()["paths"]  # type: ignore[attr-defined]
+    assert len(paths) > 5
+    for path, methods in paths.items():
+        for method in methods:
+            ask = partial(keyed.request, method, re.sub(r"\{.*?\}", "x", path))
+            for headers in NO_KEY:
+                assert (ask(headers=headers).status_code == 401) is (path not in OPEN_PATHS)
+            for headers in ({"authorization": f"bearer {OPS}"}, {"x-api-key": OPS}):
+                assert ask(headers=headers).status_code != 401
+
+
+def test_uploads_need_a_key_with_that_right(keyed: TestClient) -> None:
+    """403 for another; allowed keys go on to the next question."""
+    answer = keyed.delete("/loras/x.safetensors", headers={"x-api-key": ANNA})
+    assert code(answer) == (403, "forbidden")
+    answer = keyed.delete("/loras/x.safetensors", headers={"x-api-key": OPS})
+    assert "KLEIN_LORA_UPLOADS" in answer.json()["error"]["message"]
+    assert keyed.get("/loras", headers={"x-api-key": ANNA}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"origin": "https://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}],
+)
+def test_pages_of_other_origins_change_nothing(
+    unkeyed: TestClient, headers: dict[str, str]
+) -> None:
+    """A visitor's browser is inside the operator's network; the page it shows is not."""
+    sent = {"content-type": "text/plain", **headers}
+    answer = unkeyed.post("/loras?name=a.safetensors", content=b"x", headers=sent)
+    assert code(answer) == (403, "forbidden")
+    answer = unkeyed.delete("/loras/x", headers={"origin": "http://testserver"})
+    assert "KLEIN_LORA_UPLOADS" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"KLEIN_API_KEYS": "short"}, "NAME:KEY"),
+        ({"KLEIN_API_KEYS": "a:tooshort"}, "16 characters"),
+        ({"KLEIN_API_KEYS": f"a:{ANNA},a:{OPS}"}, "same name"),
+        ({"KLEIN_API_KEYS": f"a:{ANNA}:admin"}, "uploads"),
+        ({"KLEIN_API_KEYS": " , "}, "no key"),
+        ({"KLEIN_API_KEYS_FILE": "/no/such/file"}, "cannot be read"),
+    ],
+)
+def test_keys_that_are_none_stop_the_start(settings: dict[str, str], says: str) -> None:
+    """Never an open server by a slip of the pen, and never a key in the message."""
+    with pytest.raises(BadSetting, match=says) as caught:
+        middlewares(Settings.from_env(settings))
+    assert ANNA not in str(caught.value)
+
+
+def test_keys_from_a_file(tmp_path: Path) -> None:
+    """One a line, with comments."""
+    file = tmp_path / "keys"
+    file.write_text(f"# ours\n\nanna:{ANNA}\nops:{OPS}:uploads\n")
+    with client(KLEIN_API_KEYS_FILE=str(file)) as made:
+        assert made.get("/presets").status_code == 401
+        assert made.get("/presets", headers={"x-api-key": ANNA}).status_code == 200
+
+
+def test_other_origins_may_be_let_in() -> None:
+    """CORS is closed unless set; a preflight needs no key."""
+    origin = {"origin": "https://app.example", "access-control-request-method": "POST"}
+    with client(KLEIN_CORS_ORIGINS="https://app.example", KLEIN_API_KEYS=KEYS) as made:
+        answer = made.options("/presets", headers=origin)
+        assert answer.headers["access-control-allow-origin"] == "https://app.example"
+        refused = made.get("/presets", headers=origin)
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == "https://app.example"
+    with client() as made:
+        assert "access-control-allow-origin" not in made.get("/presets", headers=origin).headers
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        (b"{" * 500_000, 413, "parts"),
+        (b"[" * 15_000, 400, "not JSON"),
+        (b"{", 400, "not JSON"),
+        (b"\xff\xfe", 400, "not JSON"),
+        (b'"' + b"x" * 1_100_000 + b'"', 413, "1000000"),
+    ],
+)
+def test_json_is_checked_before_it_is_parsed(
+    unkeyed: TestClient, body: bytes, status: int, says: str
+) -> None:
+    """Its size, its structure, and that it is JSON at all."""
+    headers = {"content-type": "application/json"}
+    answer = unkeyed.post("/v1/models", content=body, headers=headers)
+    assert answer.status_code == status
+    assert says in answer.json()["error"]["message"]
+
+
+def test_headers_are_bounded(unkeyed: TestClient) -> None:
+    """Their sum, not only each."""
+    headers = {f"x-{n}": "y" * 1000 for n in range(40)}
+    assert code(unkeyed.get("/presets", headers=headers)) == (413, "request_too_large")
+
+
+def uploading(folder: Path) -> Any:
+    """The app of a server whose LoRAs callers may change."""
+    settings = {"KLEIN_LORA_DIR": str(folder), "KLEIN_LORA_UPLOADS": "on"}
+    return standalone(
+        fakes.generator(fakes.FakePipeline(), library=LoraLibrary(folder), **settings)
+    )
+
+
+def drive(
+    app: Any, path: str, parts: list[bytes], *, pause: float = 0.0, kind: bytes = b"x/y"
+) -> dict[str, Any]:
+    """Send `parts` of a body to `app`, `pause` seconds apart; what came back."""
+    sent: dict[str, Any] = {"read": 0}
+
+    async def receive() -> Message:
+        await anyio.sleep(pause)
+        if sent["read"] == len(parts):
+            await anyio.sleep(60)
+        sent["read"] += 1
+        more = sent["read"] < len(parts)
+        return {"type": "http.request", "body": parts[sent["read"] - 1], "more_body": more}
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            sent["status"] = message["status"]
+        else:
+            sent["body"] = sent.get("body", b"") + message.get("body", b"")
+
+    headers = [(b"content-type", kind), (b"host", b"x")]
+    scope = {
+        "type": "http", "method": "POST", "path": path, "raw_path": path.encode(),
+        "query_string": b"name=a.safetensors", "headers": headers, "http_version": "1.1",
+        "scheme": "http", "root_path": "", "client": ("t", 1), "server": ("t", 80),
+    }  # fmt: skip
+    anyio.run(app, scope, receive, send)
+    return sent
+
+
+def test_a_body_without_a_length_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest is not read, whatever the route does with it."""
+    monkeypatch.setattr(limits, "MAX_BYTES", 2_500_000)
+    answer = drive(uploading(tmp_path), "/loras", [b"x" * 1_000_000] * 50)
+    assert (answer["status"], json.loads(answer["body"])["error"]["code"]) == (
+        413,
+        "request_too_large",
+    )
+    assert answer["read"] == 3
+
+
+@pytest.mark.parametrize("kind", [b"application/json", b"x/y"])
+def test_a_body_that_drips_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: bytes
+) -> None:
+    """However steadily it drips, the whole has an end."""
+    monkeypatch.setattr(limits, "BODY_SECONDS", 0.3)
+    app = uploading(tmp_path)
+    started = time.monotonic()
+    answer = drive(app, "/loras", [b" "] * 1000, pause=0.05, kind=kind)
+    assert (answer["status"], time.monotonic() - started < 2) == (408, True)
