@@ -1,27 +1,26 @@
 """klein as a BentoML service: `bentoml serve service:Klein`."""
 
-import asyncio
 import logging
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn, TypeVar
 
 import bentoml
 from PIL import Image
+from starlette.requests import Request
 from starlette.responses import Response
 
 from klein.app import build, metrics
-from klein.app.generator import Generated
+from klein.app.generator import Generator
 from klein.core import ImagePipeline
 from klein.engine.engine import State
-from klein.entrypoints.http.answers import image_response, json_response, run_while_connected
 from klein.entrypoints.http.app import connect, create_app, middlewares
-from klein.entrypoints.http.errors import error_response
-from klein.errors import InternalError, InvalidRequest, KleinError
+from klein.entrypoints.http.generate import answer_with_image, answer_with_json
+from klein.errors import KleinError
 from klein.output.delivery import Bucket
 from klein.request.schema import GenerateRequest
 from klein.settings import Settings
@@ -36,7 +35,7 @@ LEAVE_SECONDS = 30.0
 """How long an unhealthy worker may take to deliver its answers."""
 
 T = TypeVar("T")
-Render = Callable[[Generated], Response]
+Answer = Callable[[Generator, GenerateRequest, Request], Awaitable[Response]]
 
 
 def _stop(error: KleinError) -> NoReturn:
@@ -129,57 +128,22 @@ class Klein:
 
         Seed, request id, LoRAs, warnings and timings are in the `x-klein-…` headers.
         """
-        return await self._answer(ctx, params, image_response)  # type: ignore[return-value]
+        return await self._answer(ctx, params, answer_with_image)  # type: ignore[return-value]
 
     @bentoml.api(input_spec=GenerateRequest)
     async def generate_json(self, ctx: bentoml.Context, **params: Any) -> dict[str, Any]:
         """Images as base64 or links, with all there is to know about how they were made."""
-        return await self._answer(ctx, params, self._json)  # type: ignore[return-value]
+        return await self._answer(ctx, params, answer_with_json)  # type: ignore[return-value]
 
     async def _answer(
-        self, ctx: bentoml.Context, params: dict[str, Any], render: Render
+        self, ctx: bentoml.Context, params: dict[str, Any], answer: Answer
     ) -> Response:
-        answer = await self._respond(ctx, params, render)
-        ctx.response.status_code = answer.status_code  # BentoML would make it 200
-        return answer
-
-    async def _respond(
-        self, ctx: bentoml.Context, params: dict[str, Any], render: Render
-    ) -> Response:
-        context = self.generator.context()
-        try:
-            request = GenerateRequest.model_validate(params)
-            if render is image_response:
-                _require_one_image(request)
-            generated = await run_while_connected(self.generator, request, context, ctx.request)
-            return await asyncio.to_thread(render, generated)
-        except KleinError as error:
-            return error_response(error, context.id)
-        except Exception:
-            log.exception("request %s failed", context.id)
-            return error_response(InternalError("klein failed: see its log"), context.id)
-        finally:
-            self._update_gauges()
-
-    def _json(self, generated: Generated) -> Response:
-        return json_response(generated, self.generator.bucket)
-
-    def _update_gauges(self) -> None:
+        asked = GenerateRequest.model_validate(params)
+        given = await answer(self.generator, asked, ctx.request)
+        ctx.response.status_code = given.status_code  # BentoML would make it 200
         for name, value in metrics.read(self.generator).items():
             GAUGES[name].set(value)
-
-
-def _require_one_image(request: GenerateRequest) -> None:
-    if request.num_images != 1:
-        raise InvalidRequest(
-            "num_images: /generate answers with one image; ask /generate_json for several",
-            field="num_images",
-        )
-    if request.return_type != "base64":
-        raise InvalidRequest(
-            "return_type: /generate answers with the image itself; ask /generate_json for links",
-            field="return_type",
-        )
+        return given
 
 
 def _give_up(error: KleinError) -> None:

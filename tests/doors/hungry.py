@@ -1,24 +1,21 @@
 """klein on a pipeline that can run out of memory: `bentoml serve tests.doors.hungry:Klein`."""
 
 import time
+from typing import Any
 
-from starlette.responses import Response
-
-import service
-from klein.app.generator import Generated
-from klein.output.delivery import Bucket
+from klein.output import response
 from service import Klein
 from tests.support import fakes
 
-json_response = service.json_response
+to_json = response.to_json
 
 
-def slow_response(generated: Generated, bucket: Bucket | None) -> Response:
+def slow_to_json(result: Any, *rest: Any) -> dict[str, Any]:
     """The answer, for "slow" as late as if a bucket were slow to take the image."""
-    if generated.result.params.prompt == "slow":
+    if result.params.prompt == "slow":
         time.sleep(3)
-    return json_response(generated, bucket)
+    return to_json(result, *rest)
 
 
 Klein.inner.load = staticmethod(fakes.HungryPipeline)
-service.json_response = slow_response
+response.to_json = slow_to_json

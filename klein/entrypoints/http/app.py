@@ -3,11 +3,15 @@
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from klein import __version__
 from klein.app.generator import Generator
-from klein.entrypoints.http import catalog, loras
+from klein.entrypoints.http import catalog, generate, loras
 from klein.entrypoints.http.auth import RequireKey, read_keys
+from klein.entrypoints.http.errors import on_http, on_invalid
 from klein.entrypoints.http.limits import MB, LimitRequests
 from klein.settings import Settings
 
@@ -17,9 +21,11 @@ Middleware = tuple[Any, dict[str, Any]]
 
 def create_app() -> FastAPI:
     """The app; it answers for a generator once `connect` has given it one."""
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    app.include_router(catalog.router)
-    app.include_router(loras.router)
+    app = FastAPI(title="klein", version=__version__, docs_url=None, redoc_url=None)
+    for router in (generate.router, catalog.router, loras.router):
+        app.include_router(router)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(HTTPException, on_http)
     app.state.generator = None
     return app
 

@@ -4,7 +4,8 @@ from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from fastapi.openapi.docs import get_swagger_ui_html
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from klein import __version__
 from klein.app.generator import Generator
@@ -18,7 +19,15 @@ from klein.request.formats import FORMATS, RETURN_TYPES
 from klein.request.presets import DEFAULT_PRESET, PRESETS
 from klein.request.schema import MAX_LORAS, GenerateRequest
 
-router = APIRouter()
+router = APIRouter(tags=["catalog"])
+
+
+SWAGGER: dict[str, Any] = {
+    "swagger_js_url": "static_content/swagger-ui-bundle.js",
+    "swagger_css_url": "static_content/swagger-ui.css",
+    "swagger_favicon_url": "static_content/favicon-light-32x32.png",
+}
+"""BentoML's copy, served beside the app: no page of klein's loads code from elsewhere."""
 
 
 @router.get("/presets")
@@ -56,6 +65,12 @@ async def capabilities(request: Request) -> dict[str, Any]:
         "queue": asdict(generator.engine.stats()) if generator else None,
         "model": _model(ready) if ready else None,
     }
+
+
+@router.get("/docs", include_in_schema=False)
+async def docs(request: Request) -> HTMLResponse:
+    """The OpenAPI description to read and try."""
+    return get_swagger_ui_html(openapi_url="openapi.json", title="klein", **SWAGGER)
 
 
 @router.get("/ping")

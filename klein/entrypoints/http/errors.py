@@ -1,10 +1,15 @@
 """klein's errors over HTTP: one status for each code, one shape for all."""
 
-from typing import assert_never
+from typing import Any, assert_never
 
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from klein.errors import ErrorCode, KleinError
+from klein.request.schema import first_error
 
 
 def http_status(code: ErrorCode) -> int:
@@ -42,3 +47,52 @@ def error_response(error: KleinError, request_id: str | None = None) -> Response
     headers = {"retry-after": "5"} if error.retryable else {}
     body = {"error": error.as_dict(request_id)}
     return JSONResponse(body, status_code=http_status(error.code), headers=headers)
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong and the way out."""
+
+    code: ErrorCode
+    message: str
+    field: str | None = Field(description="what to change in the request")
+    retryable: bool = Field(description="whether the same request can succeed later")
+    request_id: str | None
+
+
+class ErrorBody(BaseModel):
+    """The shape of every error."""
+
+    error: ErrorDetail
+
+
+def _described() -> dict[int | str, dict[str, Any]]:
+    codes: dict[int, list[str]] = {}
+    for code in ErrorCode:
+        codes.setdefault(http_status(code), []).append(f"`{code}`")
+    return {
+        status: {"model": ErrorBody, "description": ", ".join(names)}
+        for status, names in sorted(codes.items())
+    }
+
+
+ERRORS = _described()
+"""Every status of an error, for OpenAPI."""
+
+
+async def on_invalid(_: Request, error: Exception) -> Response:
+    """FastAPI's validation errors in klein's shape."""
+    assert isinstance(error, RequestValidationError)
+    return error_response(first_error(error.errors()))
+
+
+async def on_http(_: Request, error: Exception) -> Response:
+    """Unknown paths and methods in klein's shape."""
+    assert isinstance(error, HTTPException)
+    detail = {
+        "code": {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http"),
+        "message": str(error.detail),
+        "field": None,
+        "retryable": False,
+        "request_id": None,
+    }
+    return JSONResponse({"error": detail}, status_code=error.status_code, headers=error.headers)

@@ -17,7 +17,7 @@ from klein.lora.library import LoraLibrary
 from klein.lora.spec import LoraSpec
 from klein.sources.fetch import MAX_BYTES
 
-router = APIRouter()
+router = APIRouter(tags=["loras"])
 T = TypeVar("T")
 
 
