@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from klein.app.metrics import Recorder
 from klein.app.prepare import prepare
 from klein.core import (
     Delivery,
@@ -43,12 +44,18 @@ class Generator:
     """Turns requests into results on one engine. Entrypoints parse, call `run` and render."""
 
     def __init__(
-        self, engine: Engine, library: LoraLibrary, settings: Settings, bucket: Bucket | None
+        self,
+        engine: Engine,
+        library: LoraLibrary,
+        settings: Settings,
+        bucket: Bucket | None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.engine = engine
         self.library = library
         self.settings = settings
         self.bucket = bucket
+        self.recorder = recorder
         self._preparing = 0
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(PREPARING_THREADS, "klein-prepare")
@@ -78,6 +85,26 @@ class Generator:
 
         Cancelling the waiter cancels the work and returns once the GPU is free of it.
         """
+        with self._recorded() as record:
+            generated = await self._run(request, context)
+            record(generated.result)
+        return generated
+
+    @contextmanager
+    def _recorded(self) -> Iterator[Callable[[GenerationResult], None]]:
+        """Tells the metrics how what is inside ends."""
+        if self.recorder is None:
+            yield lambda _: None
+            return
+        try:
+            yield self.recorder.finished
+        except BaseException as error:
+            self.recorder.failed(error)
+            raise
+        finally:
+            self.recorder.update(self.engine)
+
+    async def _run(self, request: GenerateRequest, context: RequestContext) -> Generated:
         resolved = self.resolve(request)
         self.engine.require_place()
         if resolved.params.loras:

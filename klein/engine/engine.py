@@ -67,11 +67,13 @@ class Engine:
         load: Callable[[], ImagePipeline],
         *,
         queue_size: int,
+        on_ready: Callable[[], None] = lambda: None,
         on_load_failed: Callable[[KleinError], None] = lambda _: None,
         on_unhealthy: Callable[[KleinError], None] = lambda _: None,
     ) -> None:
         """`on_unhealthy` is called once, in the worker thread, after all futures are done."""
         self._load = load
+        self._on_ready = on_ready
         self._on_load_failed = on_load_failed
         self._on_unhealthy = on_unhealthy
         self._queue_size = queue_size
@@ -201,6 +203,7 @@ class Engine:
             if self.state is State.LOADING:
                 self.state = State.READY
         self._loaded.set()
+        self._on_ready()
         while taken := self._take():
             self._run(taken)
 
