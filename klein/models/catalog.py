@@ -56,13 +56,13 @@ class Peak:
         return int(self.base + self.per_megapixel * width * height / 1024**2)
 
 
-SPARING = "sparing"
+LOW_MEMORY = "low_memory"
 PEAKS: dict[str, Peak] = {
     "eager": Peak(0.1 * GB, 2.6 * GB),
     "exact": Peak(0.3 * GB, 1.8 * GB),
     "fast": Peak(0.3 * GB, 1.6 * GB),
     "turbo": Peak(0.3 * GB, 1.6 * GB),
-    SPARING: Peak(0.3 * GB, 0.9 * GB),
+    LOW_MEMORY: Peak(0.3 * GB, 0.9 * GB),
 }
 """By tier, and of a second try after memory ran out: measured with klein-base-9B on an H200 from
 512×512 to 2048×2048 (SPEED.md), rounded up. Smaller models take a little less."""

@@ -1,0 +1,51 @@
+"""Between pixels and the tokens that the transformer sees, as Flux2KleinPipeline goes."""
+
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from klein.errors import InternalError
+from klein.inference.denoise import Tokens
+from klein.models.sizes import MULTIPLE
+
+CHANNELS = 128
+"""Of a token: 2×2 neighbours of the VAE's 32 channels."""
+
+
+def noise(width: int, height: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tokens:
+    """The noise of a seed for an image of that size in pixels, the same on every device."""
+    shape = (1, CHANNELS, height // MULTIPLE, width // MULTIPLE)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return tokens(torch.randn(shape, generator=generator, dtype=dtype).to(device))
+
+
+def tokens(latents: Tensor, time: int = 0) -> Tokens:
+    """Latents (1, 128, h, w) as tokens in rows; `time` sets reference images apart."""
+    _, _, height, width = latents.shape
+    axes = torch.tensor([time]), torch.arange(height), torch.arange(width), torch.arange(1)
+    ids = torch.cartesian_prod(*axes)[None].to(latents.device)
+    return Tokens(latents.flatten(2).permute(0, 2, 1), ids)
+
+
+def decode(vae: Any, latents: Tensor, width: int, height: int) -> Image.Image:
+    """The RGB image of clean latents (1, n, 128); raises InternalError if it is not finite."""
+    rows, columns = height // MULTIPLE, width // MULTIPLE
+    packed = latents.reshape(1, rows, columns, CHANNELS).permute(0, 3, 1, 2)
+    decoded: Tensor = vae.decode(_unpacked(vae, packed), return_dict=False)[0][0]
+    if not decoded.isfinite().all():
+        raise InternalError(
+            "the VAE decoded finite latents to values that are not finite, so there is no image: "
+            "try another seed, or KLEIN_SPEED=eager"
+        )
+    levels = ((decoded * 0.5 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def _unpacked(vae: Any, packed: Tensor) -> Tensor:
+    """(1, 32, 2h, 2w) for the VAE from (1, 128, h, w), its batch norm undone."""
+    mean = vae.bn.running_mean.view(1, -1, 1, 1).to(packed)
+    deviation = (vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).sqrt().to(packed)
+    patches: Tensor = (packed * deviation + mean).unflatten(1, (-1, 2, 2))
+    return patches.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
