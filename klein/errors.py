@@ -3,6 +3,7 @@
 KleinError
 ├── InvalidRequest      the caller's fault; `field` names what to change
 │   └── LoraError       a LoRA that cannot be found, read or applied
+├── ImageUnavailable    a picture whose address cannot be reached now
 ├── BadSetting          an environment variable with a value that cannot work
 ├── ModelUnavailable    the model cannot be found, fetched or fitted into this machine
 ├── NotReady            the model is still loading, or the worker is being replaced
@@ -25,6 +26,7 @@ class ErrorCode(StrEnum):
 
     INVALID_REQUEST = "invalid_request"
     LORA_FAILED = "lora_failed"
+    IMAGE_UNAVAILABLE = "image_unavailable"
     BAD_SETTING = "bad_setting"
     MODEL_UNAVAILABLE = "model_unavailable"
     NOT_READY = "not_ready"
@@ -64,6 +66,11 @@ class InvalidRequest(KleinError):
 
 class LoraError(InvalidRequest):
     code = ErrorCode.LORA_FAILED
+
+
+class ImageUnavailable(KleinError):
+    code = ErrorCode.IMAGE_UNAVAILABLE
+    retryable = True
 
 
 class BadSetting(KleinError):

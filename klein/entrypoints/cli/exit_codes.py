@@ -16,7 +16,7 @@ def exit_code(code: ErrorCode) -> int:
             return BROKEN
         case ErrorCode.NOT_READY | ErrorCode.QUEUE_FULL | ErrorCode.DEADLINE_EXCEEDED:
             return TRY_AGAIN
-        case ErrorCode.OUT_OF_MEMORY | ErrorCode.DELIVERY_FAILED:
+        case ErrorCode.OUT_OF_MEMORY | ErrorCode.DELIVERY_FAILED | ErrorCode.IMAGE_UNAVAILABLE:
             return TRY_AGAIN
         case ErrorCode.CANCELLED:
             return INTERRUPTED
