@@ -28,6 +28,7 @@ from klein.output.response import require_bucket
 from klein.request.resolve import Resolved, resolve
 from klein.request.schema import GenerateRequest
 from klein.settings import Settings
+from klein.sources.fetch import Fetcher
 
 PREPARING_THREADS = 4
 
@@ -56,6 +57,7 @@ class Generator:
         self.settings = settings
         self.bucket = bucket
         self.recorder = recorder
+        self._fetcher = Fetcher(settings.fetch_hosts)
         self._preparing = 0
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(PREPARING_THREADS, "klein-prepare")
@@ -107,7 +109,7 @@ class Generator:
     async def _run(self, request: GenerateRequest, context: RequestContext) -> Generated:
         resolved = self.resolve(request)
         self.engine.require_place()
-        if resolved.params.loras:
+        if resolved.needs_preparing:
             job = await self._prepare(resolved, context)
             result = await self.engine.run(job, admitted=True)
         else:
@@ -118,7 +120,9 @@ class Generator:
         """`prepare` in a thread. Whoever waits can leave at the deadline: the thread ends later."""
         with self._place():
             loop = asyncio.get_running_loop()
-            work = loop.run_in_executor(self._threads, prepare, resolved, context, self.library)
+            work = loop.run_in_executor(
+                self._threads, prepare, resolved, context, self.library, self._fetcher
+            )
             try:
                 await asyncio.wait({work}, timeout=context.deadline - time.monotonic())
             except asyncio.CancelledError:
@@ -134,7 +138,7 @@ class Generator:
         with self._lock:
             if self._preparing >= self.settings.queue_size:
                 raise QueueFull(
-                    f"{self._preparing} requests are waiting for LoRAs already: try again later, "
+                    f"{self._preparing} requests are waiting for LoRAs or images: try again later, "
                     "or raise KLEIN_QUEUE_SIZE"
                 )
             self._preparing += 1

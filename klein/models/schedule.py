@@ -66,3 +66,11 @@ def sigmas(mu: float, num_inference_steps: int) -> list[float]:
     shift = math.exp(mu)
     grid = (1 - i / num_inference_steps for i in range(num_inference_steps))
     return [shift / (shift + 1 / t - 1) for t in grid]
+
+
+def first_step(num_inference_steps: int, strength: float | None) -> int:
+    """The index of a run's first step: 0 from pure noise, later the less of a start image is to
+    change. At least one step is left for any strength above 0. As diffusers' `get_timesteps`."""
+    if strength is None:
+        return 0
+    return int(max(num_inference_steps - num_inference_steps * strength, 0))

@@ -20,11 +20,14 @@ ENVELOPE_BYTES = 100_000
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """One image as a file."""
+    """One image as a file; `unchanged_pixels` is left out of formats that change them."""
 
     seed: int
     data: bytes
     mime_type: str
+    width: int
+    height: int
+    unchanged_pixels: int | None = None
 
 
 def encode(result: GenerationResult, delivery: Delivery) -> list[EncodedImage]:
@@ -40,6 +43,8 @@ def encode(result: GenerationResult, delivery: Delivery) -> list[EncodedImage]:
                 metadata.to_text(result, image, delivery),
             ),
             fmt.mime_type,
+            *image.image.size,
+            image.unchanged_pixels if fmt.is_exact(delivery.output_quality) else None,
         )
         for image in result.images
     ]
@@ -160,11 +165,13 @@ def _deliver(
         entry: dict[str, Any] = {
             "seed": image.seed,
             "mime_type": image.mime_type,
-            "width": result.params.width,
-            "height": result.params.height,
+            "width": image.width,
+            "height": image.height,
             "bytes": len(image.data),
             "sha256": hashlib.sha256(image.data).hexdigest(),
         }
+        if image.unchanged_pixels is not None:
+            entry["unchanged_pixels"] = image.unchanged_pixels
         if delivery.return_type == "url" and bucket is not None:
             key = f"klein/{result.id}/{number}.{FORMATS[delivery.output_format].extension}"
             entry["url"] = bucket.put(key, image.data, image.mime_type)

@@ -29,7 +29,14 @@ OnBytes = Callable[[int, int | None], None]
 
 
 class FetchFailed(Exception):
-    """One sentence on why nothing was fetched; it names the host, never the whole address."""
+    """One sentence on why nothing was fetched; it names the host, never the whole address.
+
+    `retryable` is for faults of the network, which may be gone the next time.
+    """
+
+    def __init__(self, message: str, *, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.retryable = retryable
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,20 @@ class Fetcher:
             return json.loads(body)
         except ValueError as error:
             raise FetchFailed(f"{_host(url)} did not answer with JSON") from error
+
+    def read(self, url: str, max_bytes: int, on_bytes: OnBytes) -> bytes:
+        """A small file of at most `max_bytes`, in memory; raises FetchFailed."""
+        body = bytearray()
+        with self._open(url, {}) as response:
+            answer = {name.lower(): value for name, value in response.headers}
+            length = answer.get(b"content-length", b"")
+            total = int(length) if length.isdigit() else None
+            for chunk in response.iter_stream():
+                body += chunk
+                if max(len(body), total or 0) > max_bytes:
+                    raise FetchFailed(f"{_host(url)} offers more than {max_bytes} bytes")
+                on_bytes(len(body), total)
+        return bytes(body)
 
     def download(self, url: str, part: Path, headers: Mapping[str, str], on_bytes: OnBytes) -> None:
         """Fetch `url` into `part`, going on where an earlier attempt with the same tag stopped.
@@ -99,10 +120,13 @@ class Fetcher:
                         return
                 except (httpcore.NetworkError, httpcore.TimeoutException) as error:
                     raise FetchFailed(
-                        f"{_host(url)} cannot be reached ({type(error).__name__})"
+                        f"{_host(url)} cannot be reached ({type(error).__name__})",
+                        retryable=True,
                     ) from error
                 except httpcore.ProtocolError as error:
-                    raise FetchFailed(f"{_host(url)} broke off; try again") from error
+                    raise FetchFailed(
+                        f"{_host(url)} broke off; try again", retryable=True
+                    ) from error
             raise FetchFailed(f"{_host(url)} redirects without end")
 
     def _check_scheme(self, url: str) -> None:
@@ -180,7 +204,10 @@ def _check_status(url: str, status: int) -> None:
     if status in (401, 403):
         raise FetchFailed(f"{_host(url)} wants a token, or another one (status {status})")
     if status not in (200, 206):
-        raise FetchFailed(f"{_host(url)} answered with status {status}")
+        raise FetchFailed(
+            f"{_host(url)} answered with status {status}",
+            retryable=status in (408, 429) or status >= 500,
+        )
 
 
 def _host(url: str) -> str:

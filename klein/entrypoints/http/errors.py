@@ -33,7 +33,7 @@ def http_status(code: ErrorCode) -> int:
             return 499
         case ErrorCode.INTERNAL | ErrorCode.OUTPUT_TOO_LARGE:
             return 500
-        case ErrorCode.DELIVERY_FAILED:
+        case ErrorCode.DELIVERY_FAILED | ErrorCode.IMAGE_UNAVAILABLE:
             return 502
         case ErrorCode.NOT_READY | ErrorCode.MODEL_UNAVAILABLE | ErrorCode.OUT_OF_MEMORY:
             return 503
