@@ -146,6 +146,7 @@ class Timings:
     queue: float = 0.0
     text: float = 0.0
     lora: float = 0.0
+    encode: float = 0.0
     denoise: float = 0.0
     decode: float = 0.0
     total: float = 0.0

@@ -109,11 +109,13 @@ def denoise(
     image: Tokens,
     on_step: Callable[[Step], None],
     references: Tokens | None = None,
+    keep: Callable[[Tensor, float], Tensor] | None = None,
 ) -> Tensor:
     """The latents (1, n, 128) at the end of `run`, begun at `image` with noise of its first level.
 
-    `references` are tokens that the model sees beside the image. What `on_step` raises ends the
-    run; values that are not finite raise InternalError after the last step.
+    `references` are tokens that the model sees beside the image; `keep` is given each step's
+    latents and noise level and puts back what is not to change. What `on_step` raises ends the run;
+    values that are not finite raise InternalError after the last step.
     """
     model = _GuidedModel(forward, run, text, image.ids, references)
     timesteps = _timesteps(run.sigmas[:-1], image.latents)
@@ -129,6 +131,8 @@ def denoise(
             velocity = extrapolated(computed, sigma)
         velocities.appendleft(velocity)
         latents = _moved(latents, run.sampler.coefficients(run.sigmas, step), velocities)
+        if keep is not None:
+            latents = keep(latents, run.sigmas[step + 1])
         finite.append(latents.isfinite().all())
         on_step(Step(step + 1, run.sigmas[step + 1], latents, velocity))
     _require_finite(finite)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -29,6 +30,21 @@ def tokens(latents: Tensor, time: int = 0) -> Tokens:
     return Tokens(latents.flatten(2).permute(0, 2, 1), ids)
 
 
+def encode(vae: Any, image: Image.Image) -> Tensor:
+    """The latents (1, 128, h / 16, w / 16) of an RGB image whose sides are multiples of 16: the
+    mode of the VAE's distribution, as its batch norm has it."""
+    levels = torch.from_numpy(np.asarray(image, np.float32)[None] / 255.0).permute(0, 3, 1, 2)
+    pixels = (2.0 * levels - 1.0).to(vae.device, vae.dtype)
+    encoded: Tensor = vae.encode(pixels).latent_dist.mode()
+    patches = encoded.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # type: ignore[no-untyped-call]
+    packed = patches.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+    mean, deviation = _statistics(vae, packed)
+    latents: Tensor = (packed - mean) / deviation
+    if not latents.isfinite().all():
+        raise InternalError("the VAE encoded a picture to values that are not finite")
+    return latents
+
+
 def decode(vae: Any, latents: Tensor, width: int, height: int) -> Image.Image:
     """The RGB image of clean latents (1, n, 128); raises InternalError if it is not finite."""
     rows, columns = height // MULTIPLE, width // MULTIPLE
@@ -45,7 +61,13 @@ def decode(vae: Any, latents: Tensor, width: int, height: int) -> Image.Image:
 
 def _unpacked(vae: Any, packed: Tensor) -> Tensor:
     """(1, 32, 2h, 2w) for the VAE from (1, 128, h, w), its batch norm undone."""
-    mean = vae.bn.running_mean.view(1, -1, 1, 1).to(packed)
-    deviation = (vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).sqrt().to(packed)
+    mean, deviation = _statistics(vae, packed)
     patches: Tensor = (packed * deviation + mean).unflatten(1, (-1, 2, 2))
     return patches.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+
+
+def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (1, 128, 1, 1) of the VAE's batch norm over packed latents."""
+    mean = vae.bn.running_mean.view(1, -1, 1, 1).to(like)
+    variance = vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps
+    return mean, variance.sqrt().to(like)

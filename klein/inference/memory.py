@@ -14,12 +14,13 @@ def free_bytes() -> int:
     return int(torch.cuda.mem_get_info()[0]) + held
 
 
-def require_room(params: GenerationParams, available: int) -> None:
+def require_room(params: GenerationParams, reference_tokens: int, available: int) -> None:
     """Raise InvalidRequest for an image that does not fit into `available` bytes at all."""
-    need = PEAKS[LOW_MEMORY].of(params.width, params.height)
+    need = PEAKS[LOW_MEMORY].of(params.width, params.height, reference_tokens)
     if need > available:
+        beside = f" with {reference_tokens} reference tokens" if reference_tokens else ""
         raise InvalidRequest(
-            f"width: {params.width}×{params.height} needs about {need / GB:.1f} GB of GPU "
+            f"width: {params.width}×{params.height}{beside} needs about {need / GB:.1f} GB of GPU "
             f"memory beside the weights and {available / GB:.1f} GB are free: ask for a smaller "
             "picture",
             field="width",

@@ -30,8 +30,10 @@ from klein.core import (
 from klein.errors import LoraError
 from klein.inference import latents, memory, offload
 from klein.inference.adapters.merge import AdapterRequest, LoraMerger
-from klein.inference.denoise import Embeddings, Forward, Run, Step, denoise, noise_levels
+from klein.inference.denoise import Embeddings, Forward, Run, Step, Tokens, denoise, noise_levels
+from klein.inference.inpaint import Keep, Start, first_step, token_mask
 from klein.inference.offload import ModelOffloader
+from klein.inference.references import ImageEncoder
 from klein.inference.text import PromptEncoder
 from klein.models import sizes
 from klein.models.plan import Plan
@@ -83,6 +85,7 @@ class KleinPipeline:
         self._plan = plan
         self._settings = settings
         self._offloader = offloader
+        self._encoder = ImageEncoder(parts.vae)
         originals = offloader.originals(parts.transformer) if offloader else None
         self._merger = LoraMerger(parts.transformer, plan.spec, originals)
 
@@ -142,6 +145,7 @@ class KleinPipeline:
     def _release(self) -> None:
         """Give back the GPU memory that only makes the next job quicker."""
         self.prompts.forget()
+        self._encoder.forget()
         self._merger.release()
         torch.cuda.empty_cache()
 
@@ -152,7 +156,7 @@ class KleinPipeline:
         if low_memory:
             warnings.append(LOW_MEMORY_WARNING)
         elif self.on_gpu:
-            memory.require_room(params, self._available())
+            memory.require_room(params, job.inputs.reference_tokens, self._available())
         with torch.inference_mode():
             text = self._encode(params, warnings)
             clock.lap("text")
@@ -166,8 +170,12 @@ class KleinPipeline:
                 params.num_inference_steps,
             )
             run = self._run(params, mu, low_memory, warnings)
-            self._choose_tiling(params, low_memory, warnings)
-            images = tuple(self._draw(job, run, text, i, clock) for i in range(params.num_images))
+            self.parts.vae.use_tiling = low_memory
+            references = self._encoder.references(job.inputs.references)
+            clock.lap("encode")
+            self._choose_tiling(job, low_memory, warnings)
+            drawing = _Drawing(job, run, text, references)
+            images = tuple(self._draw(drawing, i, clock) for i in range(params.num_images))
         return GenerationResult(
             id=job.context.id,
             params=params,
@@ -238,41 +246,61 @@ class KleinPipeline:
         self, params: GenerationParams, mu: float, low_memory: bool, warnings: list[str]
     ) -> Run:
         faster = self._plan.acceleration
+        levels = noise_levels(params.schedule, mu, params.num_inference_steps)
+        start = first_step(params.num_inference_steps, params.strength or 1.0)
         return Run(
-            noise_levels(params.schedule, mu, params.num_inference_steps),
+            levels[start:],
             SAMPLERS[params.sampler],
             params.guidance_scale,
             batched_cfg=faster.has("batched_cfg") and not low_memory,
             skipping=STEP_SKIPPING if faster.has("step_skipping") else None,
         )
 
-    def _draw(
-        self, job: Job, run: Run, text: Embeddings, number: int, clock: "_Clock"
-    ) -> GeneratedImage:
-        params = job.params
+    def _draw(self, drawing: "_Drawing", number: int, clock: "_Clock") -> GeneratedImage:
+        job, run, text = drawing.job, drawing.run, drawing.text
+        params, inputs = job.params, job.inputs
         seed = (params.seed + number) % SEEDS
 
         def on_step(step: Step) -> None:
             job.context.report(Progress(step.number, run.steps, number + 1, params.num_images))
 
-        noise = latents.noise(
+        image = latents.noise(
             params.width, params.height, seed, text.prompt.dtype, text.prompt.device
         )
-        clean = denoise(self.parts.denoiser, run, text, noise, on_step)
+        keep = None
+        if inputs.start:
+            start = Start(
+                latents.tokens(self._encoder.encode(inputs.start.image)).latents, image.latents
+            )
+            image = Tokens(start.at(run.sigmas[0]), image.ids)
+            if inputs.repaint:
+                keep = Keep(start, token_mask(inputs.repaint.mask, image))
+        clean = denoise(self.parts.denoiser, run, text, image, on_step, drawing.references, keep)
         clock.lap("denoise")
-        image = latents.decode(self.parts.vae, clean, params.width, params.height)
+        drawn = latents.decode(self.parts.vae, clean, params.width, params.height)
+        unchanged = None
+        if inputs.repaint:
+            drawn, unchanged = inputs.repaint.put_back(drawn)
         clock.lap("decode")
-        return GeneratedImage(seed, image)
+        return GeneratedImage(seed, drawn, unchanged)
 
-    def _choose_tiling(
-        self, params: GenerationParams, low_memory: bool, warnings: list[str]
-    ) -> None:
-        vae = self.parts.vae
+    def _choose_tiling(self, job: Job, low_memory: bool, warnings: list[str]) -> None:
+        vae, params = self.parts.vae, job.params
         vae.use_tiling = low_memory or memory.wants_tiles(
             params, self._settings, self.info.speed, on_gpu=self.on_gpu
         )
         if vae.use_tiling and max(params.width, params.height) > vae.tile_sample_min_size:
             warnings.append(TILES_WARNING)
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawing:
+    """What all images of a job share."""
+
+    job: Job
+    run: Run
+    text: Embeddings
+    references: Tokens | None
 
 
 def _info(parts: Parts, plan: Plan, settings: Settings, attention: str) -> ModelInfo:

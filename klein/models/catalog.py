@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from klein.models.sizes import MULTIPLE
+
 GB = 1_000_000_000
 
 
@@ -51,9 +53,11 @@ class Peak:
     base: float
     per_megapixel: float
 
-    def of(self, width: int, height: int) -> int:
-        """Bytes for a picture of that size in pixels."""
-        return int(self.base + self.per_megapixel * width * height / 1024**2)
+    def of(self, width: int, height: int, reference_tokens: int = 0) -> int:
+        """Bytes for an image of that size in pixels; a reference's token counts as the 16×16
+        pixels of one of the image."""
+        pixels = width * height + reference_tokens * MULTIPLE**2
+        return int(self.base + self.per_megapixel * pixels / 1024**2)
 
 
 LOW_MEMORY = "low_memory"

@@ -17,6 +17,7 @@ from klein.models.plan import Plan, plan
 from klein.request.resolve import resolve
 from klein.request.schema import parse
 from klein.settings import Settings
+from klein.sources.fetch import Fetcher
 from tests import tiny
 
 Draw = Callable[..., GenerationResult]
@@ -74,7 +75,7 @@ def make_job(pipe: KleinPipeline, context: RequestContext | None = None, **value
     if pipe.info.spec.name != "nano":
         defaults |= {"width": 64, "height": 64, "max_sequence_length": 64}
     resolved = resolve(parse({**defaults, **values}), pipe.info.spec, lambda: 1)
-    return prepare(resolved, context or context_of(), _LIBRARIES[pipe])
+    return prepare(resolved, context or context_of(), _LIBRARIES[pipe], Fetcher())
 
 
 def context_of(seconds: float = 60, **values: Any) -> RequestContext:
