@@ -35,8 +35,8 @@ def encode(vae: Any, image: Image.Image) -> Tensor:
     mode of the VAE's distribution, as its batch norm has it."""
     levels = torch.from_numpy(np.asarray(image, np.float32)[None] / 255.0).permute(0, 3, 1, 2)
     pixels = (2.0 * levels - 1.0).to(vae.device, vae.dtype)
-    encoded: Tensor = vae.encode(pixels).latent_dist.mode()
-    patches = encoded.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # type: ignore[no-untyped-call]
+    encoded: Any = vae.encode(pixels).latent_dist.mode()
+    patches = encoded.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
     packed = patches.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
     mean, deviation = _statistics(vae, packed)
     latents: Tensor = (packed - mean) / deviation
