@@ -104,7 +104,6 @@ def sheet(name: str, columns: list[list[Drawn]]) -> None:
 
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
-    draw("woman.png", WOMAN, "--seed", "4")
     sheet(
         "loras.png",
         [[draw_with(prompt, seed, loras) for prompt, seed in ZIBBO] for _, loras in COLUMNS],

@@ -132,6 +132,12 @@ def test_the_nouns_of_the_architecture_are_classes() -> None:
         assert re.search(rf"^class {name}\b", source, re.MULTILINE), name
 
 
+def test_every_image_is_shown() -> None:
+    """None is kept that no page needs."""
+    shown = {(page.parent / path).resolve() for page in PAGES for path, _ in docs.links(page)}
+    assert set(plots.FOLDER.iterdir()) <= shown
+
+
 # -- code in pages ---------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from docs.plots import table as speed_table
 from klein import errors
+from klein.app.metrics import METRICS
 from klein.entrypoints.cli.exit_codes import exit_code
 from klein.entrypoints.http.app import create_app
 from klein.entrypoints.http.errors import http_status
@@ -39,14 +40,14 @@ RUN_AS_PRINTED = tuple(
 """Pages whose `bash` and `python` blocks run as printed against nano on port 3000. What needs a
 GPU, a token or a network is in `console` blocks, each command after a `$`."""
 
-BENTOML_ROUTES = (
-    ("GET", "/", "every route and field, to try in a browser"),
-    ("GET", "/docs.json", "the OpenAPI description"),
+UNDESCRIBED = (
+    ("GET", "/docs", "the OpenAPI description, to read and to try in a browser"),
+    ("GET", "/openapi.json", "the OpenAPI description"),
     ("GET", "/livez", "200 as soon as the process answers, also while an image is drawn"),
     ("GET", "/readyz", "200 once the model is loaded, 503 before"),
-    ("GET", "/metrics", "Prometheus"),
+    ("GET", "/metrics", "[metrics](#metrics) for Prometheus"),
 )
-"""Routes that BentoML adds by itself."""
+"""Routes that the OpenAPI description leaves out, BentoML's own among them."""
 
 
 def pages() -> list[Path]:
@@ -237,20 +238,28 @@ def _errors() -> str:
 
 def routes() -> list[tuple[str, str, str]]:
     """Method, path and first sentence of every route on the service's port."""
-    import service
-
-    klein: Any = service.Klein
-    found = [("POST", api.route, _sentence(api.func.__doc__)) for api in klein.apis.values()]
+    found = []
     for path, methods in create_app().openapi()["paths"].items():
-        found += [
-            (name.upper(), path, _sentence(row["description"])) for name, row in methods.items()
-        ]
-    return [*found, *BENTOML_ROUTES]
+        for method, row in methods.items():
+            found.append((method.upper(), path, _sentence(row["description"])))
+    return [*found, *UNDESCRIBED]
 
 
 def _routes() -> str:
     rows = ((method, f"`{path}`", doc) for method, path, doc in routes())
     return _table(("method", "path", "what it answers"), rows)
+
+
+def _metrics() -> str:
+    rows = (
+        (
+            f"`{row.name}`" + (f" by {', '.join(row.labels)}" if row.labels else ""),
+            row.kind.lower(),
+            row.doc,
+        )
+        for row in METRICS
+    )
+    return _table(("metric", "kind", "what it counts"), rows)
 
 
 def _sentence(doc: str | None) -> str:
@@ -309,6 +318,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "settings": _settings,
     "errors": _errors,
     "routes": _routes,
+    "metrics": _metrics,
     "tree": _tree,
     "layers": _layers,
 }
