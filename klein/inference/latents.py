@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -35,9 +36,8 @@ def encode(vae: Any, image: Image.Image) -> Tensor:
     mode of the VAE's distribution, as its batch norm has it."""
     levels = torch.from_numpy(np.asarray(image, np.float32)[None] / 255.0).permute(0, 3, 1, 2)
     pixels = (2.0 * levels - 1.0).to(vae.device, vae.dtype)
-    encoded: Any = vae.encode(pixels).latent_dist.mode()
-    patches = encoded.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
-    packed = patches.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+    encoded: Tensor = vae.encode(pixels).latent_dist.mode()
+    packed = F.pixel_unshuffle(encoded, 2)
     mean, deviation = _statistics(vae, packed)
     latents: Tensor = (packed - mean) / deviation
     if not latents.isfinite().all():
@@ -62,8 +62,7 @@ def decode(vae: Any, latents: Tensor, width: int, height: int) -> Image.Image:
 def _unpacked(vae: Any, packed: Tensor) -> Tensor:
     """(1, 32, 2h, 2w) for the VAE from (1, 128, h, w), its batch norm undone."""
     mean, deviation = _statistics(vae, packed)
-    patches: Tensor = (packed * deviation + mean).unflatten(1, (-1, 2, 2))
-    return patches.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+    return F.pixel_shuffle(packed * deviation + mean, 2)
 
 
 def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 import inspect
 
 from klein import errors
-from klein.__main__ import exit_code
-from klein.entrypoints.http.app import http_status
+from klein.entrypoints.cli.exit_codes import exit_code
+from klein.entrypoints.http.errors import http_status
 from klein.errors import ErrorCode, KleinError, unknown
 
 
