@@ -12,10 +12,13 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from PIL import Image
+from torch import Tensor
 
 from klein import __version__
 from klein.core import (
     SEEDS,
+    EditInputs,
     GeneratedImage,
     GenerationParams,
     GenerationResult,
@@ -33,6 +36,7 @@ from klein.inference.adapters.merge import AdapterRequest, LoraMerger
 from klein.inference.denoise import Embeddings, Forward, Run, Step, Tokens, denoise, noise_levels
 from klein.inference.inpaint import Keep, Start, first_step, token_mask
 from klein.inference.offload import ModelOffloader
+from klein.inference.preview import LinearMap, Previews
 from klein.inference.references import ImageEncoder
 from klein.inference.text import PromptEncoder
 from klein.models import sizes
@@ -86,6 +90,7 @@ class KleinPipeline:
         self._settings = settings
         self._offloader = offloader
         self._encoder = ImageEncoder(parts.vae)
+        self._map: LinearMap | None = None
         originals = offloader.originals(parts.transformer) if offloader else None
         self._merger = LoraMerger(parts.transformer, plan.spec, originals)
 
@@ -258,31 +263,55 @@ class KleinPipeline:
 
     def _draw(self, drawing: "_Drawing", number: int, clock: "_Clock") -> GeneratedImage:
         job, run, text = drawing.job, drawing.run, drawing.text
-        params, inputs = job.params, job.inputs
-        seed = (params.seed + number) % SEEDS
+        seed = (job.params.seed + number) % SEEDS
+        size = job.params.width, job.params.height
+        image = latents.noise(*size, seed, text.prompt.dtype, text.prompt.device)
+        image, keep = self._started(job.inputs, run, image)
+        previews = self._previews(job, run, number + 1)
 
         def on_step(step: Step) -> None:
-            job.context.report(Progress(step.number, run.steps, number + 1, params.num_images))
+            if previews:
+                previews(step)
+            job.context.report(Progress(step.number, run.steps, number + 1, job.params.num_images))
 
-        image = latents.noise(
-            params.width, params.height, seed, text.prompt.dtype, text.prompt.device
-        )
-        keep = None
-        if inputs.start:
-            start = Start(
-                latents.tokens(self._encoder.encode(inputs.start.image)).latents, image.latents
-            )
-            image = Tokens(start.at(run.sigmas[0]), image.ids)
-            if inputs.repaint:
-                keep = Keep(start, token_mask(inputs.repaint.mask, image))
         clean = denoise(self.parts.denoiser, run, text, image, on_step, drawing.references, keep)
+        if previews:
+            previews.flush()
         clock.lap("denoise")
-        drawn = latents.decode(self.parts.vae, clean, params.width, params.height)
+        drawn = latents.decode(self.parts.vae, clean, *size)
         unchanged = None
-        if inputs.repaint:
-            drawn, unchanged = inputs.repaint.put_back(drawn)
+        if job.inputs.repaint:
+            drawn, unchanged = job.inputs.repaint.put_back(drawn)
         clock.lap("decode")
         return GeneratedImage(seed, drawn, unchanged)
+
+    def _started(self, inputs: EditInputs, run: Run, noise: Tokens) -> tuple[Tokens, Keep | None]:
+        """Where the run begins, and what it keeps, with the noise of its seed."""
+        if inputs.start is None:
+            return noise, None
+        encoded = latents.tokens(self._encoder.encode(inputs.start.image))
+        start = Start(encoded.latents, noise.latents)
+        image = Tokens(start.at(run.sigmas[0]), noise.ids)
+        if inputs.repaint is None:
+            return image, None
+        return image, Keep(start, token_mask(inputs.repaint.mask, image))
+
+    def _previews(self, job: Job, run: Run, number: int) -> Previews | None:
+        if job.context.previews is None:
+            return None
+        size, repaint = (job.params.width, job.params.height), job.inputs.repaint
+
+        def decode(clean: Tensor) -> Image.Image:
+            drawn = latents.decode(self.parts.vae, clean.to(self.parts.vae.dtype), *size)
+            return repaint.put_back(drawn)[0] if repaint else drawn
+
+        return Previews(job.context.previews, run.steps, number, size, self._linear_map, decode)
+
+    def _linear_map(self) -> LinearMap:
+        """Fitted when it is first wanted; the VAE never changes."""
+        if self._map is None:
+            self._map = LinearMap.fit(self.parts.vae)
+        return self._map
 
     def _choose_tiling(self, job: Job, low_memory: bool, warnings: list[str]) -> None:
         vae, params = self.parts.vae, job.params
