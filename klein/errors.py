@@ -3,6 +3,8 @@
 KleinError
 ├── InvalidRequest      the caller's fault; `field` names what to change
 │   └── LoraError       a LoRA that cannot be found, read or applied
+├── NotFound            there is no such thing, or it is gone, or it belongs to somebody else
+├── Conflict            it cannot be done to the thing as it is now
 ├── BadSetting          an environment variable with a value that cannot work
 ├── ModelUnavailable    the model cannot be found, fetched or fitted into this machine
 ├── NotReady            the model is still loading, or the worker is being replaced
@@ -25,6 +27,8 @@ class ErrorCode(StrEnum):
 
     INVALID_REQUEST = "invalid_request"
     LORA_FAILED = "lora_failed"
+    NOT_FOUND = "not_found"
+    CONFLICT = "conflict"
     BAD_SETTING = "bad_setting"
     MODEL_UNAVAILABLE = "model_unavailable"
     NOT_READY = "not_ready"
@@ -64,6 +68,14 @@ class InvalidRequest(KleinError):
 
 class LoraError(InvalidRequest):
     code = ErrorCode.LORA_FAILED
+
+
+class NotFound(KleinError):
+    code = ErrorCode.NOT_FOUND
+
+
+class Conflict(KleinError):
+    code = ErrorCode.CONFLICT
 
 
 class BadSetting(KleinError):

@@ -1,6 +1,6 @@
 """The wire shape of a request: every field typed and bounded, unknown keys refused."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -198,8 +198,12 @@ def parse(data: Any) -> GenerateRequest:
     try:
         return GenerateRequest.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        message = f"{field}: {first['msg']}{more}" if field else f"{first['msg']}{more}"
-        raise InvalidRequest(message, field=field or None) from error
+        raise invalid(error.errors(include_url=False, include_input=False)) from error
+
+
+def invalid(errors: Sequence[Any]) -> InvalidRequest:
+    """pydantic's list of errors as one that names the first field and counts the others."""
+    field = ".".join(str(part) for part in errors[0]["loc"])
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    message = f"{errors[0]['msg']}{more}"
+    return InvalidRequest(f"{field}: {message}" if field else message, field=field or None)

@@ -12,6 +12,8 @@ def exit_code(code: ErrorCode) -> int:
     match code:
         case ErrorCode.INVALID_REQUEST | ErrorCode.LORA_FAILED | ErrorCode.BAD_SETTING:
             return CALLERS_FAULT
+        case ErrorCode.NOT_FOUND | ErrorCode.CONFLICT:
+            return CALLERS_FAULT
         case ErrorCode.MODEL_UNAVAILABLE | ErrorCode.INTERNAL | ErrorCode.OUTPUT_TOO_LARGE:
             return BROKEN
         case ErrorCode.NOT_READY | ErrorCode.QUEUE_FULL | ErrorCode.DEADLINE_EXCEEDED:
