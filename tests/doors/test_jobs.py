@@ -46,7 +46,9 @@ class TimedPipeline(PacedPipeline):
     def generate(self, job: Job) -> GenerationResult:
         result = super().generate(job)
         steps = job.params.num_inference_steps * job.params.num_images
-        return replace(result, timings=Timings(denoise=0.02 * steps, decode=0.1 * job.params.num_images))
+        return replace(
+            result, timings=Timings(denoise=0.02 * steps, decode=0.1 * job.params.num_images)
+        )
 
 
 def with_callers(app: ASGIApp) -> ASGIApp:
@@ -124,7 +126,7 @@ class Client(httpx.Client):
 def serving(pipeline: PacedPipeline | None = None, **settings: str) -> Iterator[Client]:
     """The jobs routes on a fake pipeline, on a real port."""
     pipeline = pipeline or PacedPipeline()
-    generator = fakes.generator(pipeline, **settings)
+    generator = fakes.generator(pipeline, library=None, **settings)
     app = create_app()
     connect(app, generator)
     with asgi.serve(with_callers(app)) as url, Client(base_url=url, timeout=20) as client:
@@ -424,8 +426,11 @@ def test_a_full_queue_and_the_estimates() -> None:
 def test_images_give_way_to_newer_ones() -> None:
     """Beyond KLEIN_JOBS_KEEP_MB the oldest go, and the job says so; the newest's always stay."""
     with serving(PacedPipeline(noise=True), KLEIN_JOBS_KEEP_MB="1") as client:
-        ids = [client.start(num_images=4) for _ in range(3)]
-        size = sum(image["bytes"] for image in client.ended(ids[-1])["output"]["images"])
+        ids = []
+        for _ in range(3):
+            ids.append(client.start(num_images=4))
+            images = client.ended(ids[-1])["output"]["images"]
+        size = sum(image["bytes"] for image in images)
         assert 500_000 < size < 1_000_000
         jobs = [client.job(id) for id in ids]
         assert [job["data_removed"] for job in jobs] == [True, True, False]
