@@ -12,7 +12,6 @@ from typing import Any, Literal
 from klein.app.events import EventLog
 from klein.app.webhooks import Delivery
 from klein.core import GenerationParams, RequestContext
-from klein.errors import KleinError
 from klein.output import response
 from klein.output.response import EncodedImage
 from klein.request.schema import GenerateRequest
@@ -79,7 +78,10 @@ class Output:
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One job of one `owner`. `started` and `ended` are seconds since `created`."""
+    """One job of one `owner`. `started` and `ended` are seconds since `created`; `error` is in the
+    wire shape, since an exception would keep every frame it went through; `task` is gone at the
+    end, since it would keep the images.
+    """
 
     owner: str | None
     id: str
@@ -103,7 +105,7 @@ class Job:
     progress: dict[str, Any] | None = None
     output: Output | None = None
     images_dropped: bool = False
-    error: KleinError | None = None
+    error: dict[str, object] | None = None
     started: float | None = None
     ended: float | None = None
     deliveries: list[Delivery] = field(default_factory=list)
@@ -137,7 +139,7 @@ class Job:
             "input": self.input,
             "output": self._output(inline and self.inline),
             "data_removed": self.images_dropped,
-            "error": self.error.as_dict(self.context.id) if self.error else None,
+            "error": self.error,
             "queue_position": self.queue_position,
             "progress": self.progress,
             "seconds_left": self.seconds_left,

@@ -311,7 +311,9 @@ class JobRegistry:
         elif isinstance(error, Cancelled) and job.cancel_asked:
             job.status = Status.CANCELED
         else:
-            job.status, job.error = Status.FAILED, _klein_error(job, error)
+            job.status = Status.FAILED
+            job.error = _klein_error(job, error).as_dict(job.context.id)
+        del job.task
         job.ended, job.queue_position, job.seconds_left = job.age, None, None
         if job.started is None and job.output is not None:
             job.started = job.ended
@@ -324,6 +326,7 @@ class JobRegistry:
     def _forget(self, job: Job) -> None:
         if self._jobs.get((job.owner, job.id)) is job:
             del self._jobs[job.owner, job.id]
+            job.drop_images()
 
     def _make_room(self) -> None:
         """Forget the oldest finished job if there are too many."""

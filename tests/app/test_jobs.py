@@ -1,5 +1,7 @@
 import asyncio
+import gc
 import random
+import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
@@ -12,6 +14,7 @@ from klein.app.jobs import JobRegistry
 from klein.core import Timings
 from klein.engine.engine import QueueView
 from klein.errors import Conflict, NotFound, NotReady, OutOfMemory, QueueFull
+from klein.output.response import EncodedImage
 from tests.support import fakes
 
 SPEC = JobSpec(fakes.request(num_inference_steps=4))
@@ -36,6 +39,10 @@ def run(
 
 def last_events(job: Job) -> list[str]:
     return [e.name for e in job.events.after(0) if e.name in LAST_EVENTS.values()]
+
+
+def code(job: Job) -> object:
+    return job.error["code"] if job.error else None
 
 
 async def processing(job: Job) -> None:
@@ -110,7 +117,7 @@ def test_stopping_ends_what_runs_and_waits() -> None:
         assert names[-1] == "failed"
         for job in (running, queued):
             assert (job.status, last_events(job)) == (Status.FAILED, ["failed"])
-            assert isinstance(job.error, NotReady)
+            assert code(job) == "not_ready"
         assert done.status is Status.SUCCEEDED
         with pytest.raises(NotReady):
             await registry.create(None, SPEC)
@@ -128,13 +135,13 @@ def test_an_engine_that_is_stopped_or_runs_out_of_memory_ends_its_jobs() -> None
         await asyncio.to_thread(registry._generator.engine.stop)
         for job in jobs:
             await asyncio.wait_for(job.finished.wait(), 5)
-            assert isinstance(job.error, NotReady)
+            assert code(job) == "not_ready"
 
     async def out_of_memory(registry: JobRegistry, pipeline: fakes.FakePipeline) -> None:
         pipeline.fail = OutOfMemory("it did not fit")
         job = await registry.create(None, SPEC)
         await job.finished.wait()
-        assert (job.status, str(job.error)) == (Status.FAILED, "it did not fit")
+        assert (job.status, code(job)) == (Status.FAILED, "out_of_memory")
 
     run(stopped)
     run(out_of_memory)
@@ -192,6 +199,39 @@ def test_finished_jobs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             await registry.create(None, SPEC)
 
     run(scenario)
+
+
+def test_nothing_is_held_that_is_not_kept() -> None:
+    """The images of jobs that had to make room are gone at once, before Python collects its
+    garbage; what a failed job was asked, which its exception's frames refer to, is gone then."""
+
+    def held() -> int:
+        return sum(isinstance(kept, EncodedImage) for kept in gc.get_objects())
+
+    async def scenario(registry: JobRegistry, pipeline: fakes.FakePipeline) -> None:
+        pipeline.noise = True
+        for _ in range(3):
+            job = await registry.create(None, JobSpec(fakes.request(num_images=4)))
+            await job.finished.wait()
+        await asyncio.sleep(0.01)
+        assert held() == before + 4
+        pipeline.fail = OSError("no")
+        request = fakes.request()
+        asked = weakref.ref(request)
+        job = await registry.create(None, JobSpec(request))
+        await job.finished.wait()
+        del request
+        await asyncio.sleep(0.01)
+        gc.collect()
+        assert (code(job), asked()) == ("internal", None)
+
+    gc.collect()
+    before = held()
+    gc.disable()
+    try:
+        run(scenario, KLEIN_JOBS_KEEP_MB="1")
+    finally:
+        gc.enable()
 
 
 def test_tokens_and_images_are_not_told_again() -> None:
