@@ -233,6 +233,7 @@ class Engine:
         while taken := self._take():
             self._changed()
             self._run(taken)
+            del taken  # its result, or the frames of its error, would live until the next job
 
     def _fail(self, error: KleinError) -> None:
         self.error = error

@@ -215,15 +215,16 @@ def test_nothing_is_held_that_is_not_kept() -> None:
             await job.finished.wait()
         await asyncio.sleep(0.01)
         assert held() == before + 4
-        pipeline.fail = OSError("no")
+        pipeline.fail = OutOfMemory("no")
         request = fakes.request()
         asked = weakref.ref(request)
         job = await registry.create(None, JobSpec(request))
         await job.finished.wait()
         del request
         await asyncio.sleep(0.01)
+        pipeline.fail = None
         gc.collect()
-        assert (code(job), asked()) == ("internal", None)
+        assert (code(job), asked()) == ("out_of_memory", None)
 
     gc.collect()
     before = held()
