@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from klein.app.estimate import StepTimes
 from klein.app.metrics import Recorder
 from klein.app.prepare import prepare
 from klein.core import (
@@ -58,6 +59,7 @@ class Generator:
         self.bucket = bucket
         self.recorder = recorder
         self._fetcher = Fetcher(settings.fetch_hosts)
+        self.step_times = StepTimes()
         self._preparing = 0
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(PREPARING_THREADS, "klein-prepare")
@@ -114,7 +116,12 @@ class Generator:
             result = await self.engine.run(job, admitted=True)
         else:
             result = await self.engine.run(Job(context, resolved.params, (), resolved.warnings))
+        self.step_times.learn(result)
         return Generated(result, resolved.delivery)
+
+    def retry_after(self) -> float | None:
+        """Seconds until a place in the queue is free, as far as measured step times tell."""
+        return self.step_times.wait(self.engine.queue(), ahead=0)
 
     async def _prepare(self, resolved: Resolved, context: RequestContext) -> Job:
         """`prepare` in a thread. Whoever waits can leave at the deadline: the thread ends later."""

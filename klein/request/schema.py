@@ -246,12 +246,12 @@ def parse(data: Any) -> GenerateRequest:
     try:
         return GenerateRequest.model_validate(data)
     except ValidationError as error:
-        raise first_error(error.errors(include_url=False, include_input=False)) from error
+        raise invalid(error.errors(include_url=False, include_input=False)) from error
 
 
-def first_error(errors: Sequence[Any]) -> InvalidRequest:
-    """The first of pydantic's errors as klein's, naming the field and how many more there are."""
-    field = ".".join(str(part) for part in errors[0]["loc"] if part != "body")
+def invalid(errors: Sequence[Any]) -> InvalidRequest:
+    """pydantic's list of errors as one that names the first field and counts the others."""
+    field = ".".join(str(part) for part in errors[0]["loc"])
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    message = f"{field}: {errors[0]['msg']}{more}" if field else f"{errors[0]['msg']}{more}"
-    return InvalidRequest(message, field=field or None)
+    message = f"{errors[0]['msg']}{more}"
+    return InvalidRequest(f"{field}: {message}" if field else message, field=field or None)

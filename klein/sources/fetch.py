@@ -129,6 +129,48 @@ class Fetcher:
                     ) from error
             raise FetchFailed(f"{_host(url)} redirects without end")
 
+    def require_allowed(self, url: str) -> None:
+        """Raise FetchFailed for an address that says itself that it is never asked."""
+        self._check_scheme(url)
+        parts = urlsplit(url)
+        try:
+            public = is_public(parts.hostname or "")
+        except ValueError:  # a name, which is looked up when it is asked
+            return
+        if not public and not {parts.hostname, parts.netloc} & self.own_hosts:
+            raise FetchFailed(f"{_host(url)} is inside this network and is not asked")
+
+    def post(self, url: str, body: bytes, headers: Mapping[str, str], deadline: float) -> int:
+        """The status with which a POST is answered; redirects are not followed.
+
+        `deadline` is on the clock of time.monotonic. Raises FetchFailed for a host that is never
+        asked, and ConnectionError for one that cannot be reached.
+        """
+        self.require_allowed(url)
+        left = max(0.1, deadline - time.monotonic())
+        timeouts = {name: min(seconds, left) for name, seconds in TIMEOUTS.items()}
+        sent = {"user-agent": "klein", **headers}
+        try:
+            with (
+                httpcore.ConnectionPool(network_backend=_Guard(self.own_hosts)) as pool,
+                pool.stream(
+                    "POST",
+                    url,
+                    headers=list(sent.items()),
+                    content=body,
+                    extensions={"timeout": timeouts},
+                ) as response,
+            ):
+                return response.status
+        except (
+            httpcore.NetworkError,
+            httpcore.TimeoutException,
+            httpcore.ProtocolError,
+        ) as error:
+            raise ConnectionError(
+                f"{_host(url)} cannot be reached ({type(error).__name__})"
+            ) from error
+
     def _check_scheme(self, url: str) -> None:
         parts = urlsplit(url)
         if parts.username or parts.password:

@@ -29,7 +29,7 @@ def test_doors_map_every_code() -> None:
         assert 400 <= http_status(c.code) < 600
         assert exit_code(c.code) != 0
         if c.retryable:
-            assert http_status(c.code) in (429, 502, 503, 504)
+            assert http_status(c.code) in (408, 429, 502, 503, 504)
             assert exit_code(c.code) == 75
 
 

@@ -14,6 +14,8 @@ def exit_code(code: ErrorCode) -> int:
             return CALLERS_FAULT
         case ErrorCode.UNAUTHORIZED | ErrorCode.FORBIDDEN | ErrorCode.REQUEST_TOO_LARGE:
             return CALLERS_FAULT
+        case ErrorCode.NOT_FOUND | ErrorCode.CONFLICT:
+            return CALLERS_FAULT
         case ErrorCode.MODEL_UNAVAILABLE | ErrorCode.INTERNAL | ErrorCode.OUTPUT_TOO_LARGE:
             return BROKEN
         case ErrorCode.NOT_READY | ErrorCode.QUEUE_FULL | ErrorCode.DEADLINE_EXCEEDED:
