@@ -26,6 +26,7 @@ MAX_TOTAL_BYTES = 50_000_000
 MAX_TEXT = MAX_BYTES * 4 // 3 + 100
 """Characters of base64 for the largest picture, with a data URI's head."""
 MAX_PIXELS = 25_000_000
+_MOST_PIXELS = f"at most {MAX_PIXELS // 10**6} million pixels are read"
 MAX_JPEG_SCANS = 100
 """A progressive JPEG has about ten; each is a pass over all pixels."""
 
@@ -114,6 +115,8 @@ def decode(data: bytes, field: str) -> Picture:
             return Picture(*_upright(image, data))
     except InvalidRequest:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _refused(field, f"it is too large; {_MOST_PIXELS}") from error
     except Exception as error:
         known = ", ".join(dict.fromkeys(_DECODERS.values()))
         raise _refused(
@@ -155,7 +158,7 @@ def _check_size(width: int, height: int, field: str) -> None:
     if max(width, height) > sizes.MAX_ASPECT * min(width, height):
         raise _refused(field, f"{shown} is too narrow: sides are at most {sizes.MAX_ASPECT:g}:1")
     if width * height > MAX_PIXELS:
-        raise _refused(field, f"{shown} is too large; at most {MAX_PIXELS // 10**6} million pixels")
+        raise _refused(field, f"{shown} is too large; {_MOST_PIXELS}")
 
 
 def _upright(image: "Image", data: bytes) -> tuple["Image", str, tuple[str, ...]]:
