@@ -1,4 +1,4 @@
-"""nano at work for the benchmarks of pictures: the denoise loop on prompts it was not trained on."""
+"""nano for the benchmarks: the denoise loop on prompts it was not trained on."""
 
 from dataclasses import replace
 from typing import Any

@@ -34,9 +34,7 @@ def _call(pipe: Any, params: GenerationParams, number: int, output: str) -> Any:
     length = params.max_sequence_length
     own = pipe.scheduler
     if params.schedule != "bfl":
-        mu = mu_of(
-            params.schedule, tokens(params.width, params.height), params.num_inference_steps
-        )
+        mu = mu_of(params.schedule, tokens(params.width, params.height), params.num_inference_steps)
         pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
             {**own.config, "use_dynamic_shifting": False, "shift": math.exp(mu)}
         )
