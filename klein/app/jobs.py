@@ -253,14 +253,14 @@ class JobRegistry:
                 job.queue_position, job.params = places[job.context.id]
                 wait = times.wait(queue, job.queue_position - 1)
                 own = times.seconds(job.params)
-                job.seconds_left = None if wait is None or own is None else wait + own
+                job.expect(None if wait is None or own is None else wait + own)
             if job.status is Status.STARTING and (job is newcomer or job.queue_position != before):
                 self._tell_status(job)
 
     def _on_start(self, job: Job, params: GenerationParams | None) -> None:
         job.status, job.started = Status.PROCESSING, job.age
         job.queue_position, job.params = None, params
-        job.seconds_left = self._generator.step_times.seconds(params) if params else None
+        job.expect(self._generator.step_times.seconds(params) if params else None)
         self._tell_status(job)
         self._send(job, "start")
 
@@ -271,9 +271,8 @@ class JobRegistry:
         if job.status is Status.STARTING and not fetching:
             self._on_start(job, job.params)  # it was drawn before anybody looked at the queue
         if job.params is not None and not fetching:
-            times = self._generator.step_times
-            job.seconds_left = times.seconds(job.params, progress.fraction)
-        job.progress = {**asdict(progress), "seconds_left": _rounded(job.seconds_left)}
+            job.expect(self._generator.step_times.seconds(job.params, progress.fraction))
+        job.progress = {**asdict(progress), "seconds_left": job.seconds_left}
         job.events.append("progress", job.progress)
 
     def _on_preview(self, job: Job, preview: Preview) -> None:
@@ -282,7 +281,6 @@ class JobRegistry:
             job.events.append("preview", {**told, "url": _data_uri(preview)})
 
     def _tell_status(self, job: Job) -> None:
-        job.seconds_left = _rounded(job.seconds_left)
         job.events.append(
             "status",
             {
@@ -314,7 +312,7 @@ class JobRegistry:
             job.status = Status.FAILED
             job.error = _klein_error(job, error).as_dict(job.context.id)
         del job.task
-        job.ended, job.queue_position, job.seconds_left = job.age, None, None
+        job.ended, job.queue_position, job.due = job.age, None, None
         if job.started is None and job.output is not None:
             job.started = job.ended
         job.events.close(LAST_EVENTS[job.status], job.as_dict())
@@ -383,7 +381,3 @@ def _data_uri(preview: Preview) -> str:
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
-
-
-def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, 2)
