@@ -8,9 +8,7 @@ Everything here belongs to one event loop; progress and previews hop to it from 
 """
 
 import asyncio
-import base64
 import contextlib
-import io
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -40,16 +38,13 @@ from klein.errors import (
     QueueFull,
 )
 from klein.output import response
+from klein.output.images import PREVIEW_EVERY, preview_uri
 from klein.output.response import EncodedImage
 
 log = logging.getLogger(__name__)
 
 MAX_JOBS = 1000
 """Jobs that are known, finished ones with them; the oldest of those go first."""
-PREVIEW_EVERY = 4
-"""Steps from one preview to the next."""
-PREVIEW_SIDE = 256
-"""Pixels of a preview's longer side, at most."""
 FETCH_EVERY = 0.5
 """Seconds between two reports on a LoRA that is being fetched."""
 
@@ -278,7 +273,7 @@ class JobRegistry:
     def _on_preview(self, job: Job, preview: Preview) -> None:
         if not job.over and job.accepted:
             told = {"step": preview.step, "steps": preview.steps, "image": preview.image}
-            job.events.append("preview", {**told, "url": _data_uri(preview)})
+            job.events.append("preview", {**told, "url": preview_uri(preview.picture)})
 
     def _tell_status(self, job: Job) -> None:
         job.events.append(
@@ -372,12 +367,3 @@ def _encode(id: str, generated: Generated, links: bool) -> Output:
     if links:
         del body["parameters"]["return_type"]
     return Output(body, tuple(images))
-
-
-def _data_uri(preview: Preview) -> str:
-    """A preview as a small JPEG in itself."""
-    picture = preview.picture.copy()
-    picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
-    out = io.BytesIO()
-    picture.save(out, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
