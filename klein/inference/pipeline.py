@@ -39,7 +39,7 @@ from klein.models.plan import Plan
 from klein.request.resolve import resolve, settle_loras
 from klein.request.schema import GenerateRequest
 from klein.settings import Settings
-from klein.sources.reference import redacted
+from klein.sources.address import redacted
 
 log = logging.getLogger("bentoml.klein")
 

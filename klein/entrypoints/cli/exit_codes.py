@@ -18,6 +18,8 @@ def exit_code(code: ErrorCode) -> int:
             return BROKEN
         case ErrorCode.NOT_READY | ErrorCode.QUEUE_FULL | ErrorCode.DEADLINE_EXCEEDED:
             return TRY_AGAIN
+        case ErrorCode.LORA_UNAVAILABLE:
+            return TRY_AGAIN
         case ErrorCode.OUT_OF_MEMORY | ErrorCode.DELIVERY_FAILED | ErrorCode.REQUEST_TOO_SLOW:
             return TRY_AGAIN
         case ErrorCode.CANCELLED:
