@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export BENTOML_DO_NOT_TRACK := 1
 
-.PHONY: help serve test check lint bench bundle pictures clean
+.PHONY: help serve test check lint bench bundle pictures docs clean
 
 help:
 	@echo "make serve   set up, then serve MODEL_ID (nano unless set) on PORT ($(PORT))"
@@ -50,6 +50,11 @@ $(VENV)/.test: requirements-dev.txt $(VENV)/.serve
 bench: $(VENV)/.serve
 	$(BIN)/python -m benchmarks.tiers
 	$(BIN)/python -m benchmarks.service
+
+# the tables and plots of the pages, made anew from the code and from SPEED.md
+docs: $(VENV)/.test
+	$(BIN)/python -m docs.plots
+	$(BIN)/python -m tests.support.docs --write
 
 pictures: $(VENV)/.serve
 	MODEL_ID=nano $(BIN)/python -m docs.pictures

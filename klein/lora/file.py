@@ -81,12 +81,12 @@ class LoraFile:
     path: Path
     name: str
     sha256: str
-    identity: Identity
     format: str
     hidden: int | None
     patches: tuple[Patch, ...]
     trigger_words: tuple[str, ...]
     training: Mapping[str, str]
+    identity: Identity
     defaults: LoraDefaults = LoraDefaults()
 
     @property

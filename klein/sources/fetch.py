@@ -110,7 +110,7 @@ class Fetcher:
                 body += chunk
                 if max(len(body), answer.length or 0) > max_bytes:
                     raise FetchFailed(
-                        f"{answer.host} answered with too much; {max_bytes} bytes are the most"
+                        f"{answer.host} answered with too much, more than {max_bytes} bytes"
                     )
                 watch.on_bytes(len(body), answer.length)
         return bytes(body)

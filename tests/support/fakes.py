@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from klein.core import (
 )
 from klein.engine.engine import Engine
 from klein.errors import LoraError, OutOfMemory
-from klein.lora.file import LoraFile
+from klein.lora.file import Identity, LoraFile
 from klein.lora.library import LoraLibrary
 from klein.lora.spec import LoraSpec
 from klein.models import schedule, sizes
@@ -75,7 +76,14 @@ class FakePipeline:
                 )
                 _preview(job, step + 1, image + 1)
         self.drawn.append(params.prompt)
-        return result(params, job.context.id, job.warnings, noise=self.noise)
+        drawn = result(params, job.context.id, job.warnings, noise=self.noise)
+        return replace(drawn, images=tuple(_put_back(each, job) for each in drawn.images))
+
+
+def _put_back(drawn: GeneratedImage, job: Job) -> GeneratedImage:
+    if job.inputs.repaint is None:
+        return drawn
+    return GeneratedImage(drawn.seed, *job.inputs.repaint.put_back(drawn.image))
 
 
 def _preview(job: Job, step: int, image: int) -> None:
@@ -111,13 +119,18 @@ class FakeLibrary(LoraLibrary):
         self.fetched = threading.Event()
         self.fetched.set()
 
-    def find(self, spec: LoraSpec, on_bytes: Callable[[int, int | None], None]) -> LoraFile:
+    def find(
+        self, spec: LoraSpec, on_bytes: Callable[[int, int | None], None], **_: Any
+    ) -> LoraFile:
         self.asked.append(spec.path)
         while not self.fetched.wait(0.01):
             on_bytes(0, None)
         if spec.path.startswith("missing"):
             raise LoraError(f"LoRA {spec.path!r} is not there")
-        return LoraFile(Path(spec.path), spec.path, "ab" * 32, "ai-toolkit", 192, (), (), {})
+        nowhere = Identity(0, 0, 0, 0)
+        return LoraFile(
+            Path(spec.path), spec.path, "ab" * 32, "ai-toolkit", 192, (), (), {}, nowhere
+        )
 
 
 def generator(
