@@ -163,6 +163,8 @@ def _known(path: Path, name: str, sha256: str, identity: Identity, header: Heade
     unknown_layers = [layer for layer in layers if layer not in known]
     if unknown_layers or unknown_tensors:
         raise LoraError(_foreign(name, unknown_layers, unknown_tensors, len(layers)))
+    if odd := next((entry for entry in header.entries if not _is_factor(entry)), None):
+        raise LoraError(f"LoRA {name!r}: tensor {odd.name[:80]!r} is of type {odd.dtype}")
     patches = tuple(
         _patch(name, layer, known[layer], parts, shapes) for layer, parts in layers.items()
     )
@@ -177,6 +179,11 @@ def _known(path: Path, name: str, sha256: str, identity: Identity, header: Heade
         trigger_words=metadata.trigger_words(header.metadata),
         training=metadata.training(header.metadata),
     )
+
+
+def _is_factor(entry: Entry) -> bool:
+    """Whether a tensor can be one of a LoRA's: trainers write floats, and alpha as any number."""
+    return "F" in entry.dtype or math.prod(entry.shape) == 1
 
 
 def _read_into(file: IO[bytes], target: memoryview) -> str:

@@ -1,5 +1,6 @@
 """The LoRAs of a deployment: finds what a reference names, lists, adds and removes."""
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -8,7 +9,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from klein.errors import LoraError, LoraUnavailable
+from klein.errors import KleinError, LoraError, LoraUnavailable
 from klein.lora import file
 from klein.lora.file import Identity, LoraFile
 from klein.lora.folder import LoraFolder
@@ -20,10 +21,12 @@ from klein.sources.address import redacted
 from klein.sources.cache import Store
 from klein.sources.civitai import CIVITAI, Civitai
 from klein.sources.fetch import Fetcher
-from klein.sources.files import RemoteFiles
+from klein.sources.files import RemoteFiles, Unwanted
 from klein.sources.hub import Hub
 from klein.sources.reference import BadReference, CivitaiFile, LocalFile, RemoteFile, UrlFile
 from klein.sources.transport import FetchFailed, OnBytes, Watch, go_on, ignore_bytes
+
+log = logging.getLogger(__name__)
 
 REMEMBERED = 64
 """Inspected files kept in memory, about 1 MB each."""
@@ -70,10 +73,18 @@ class LoraLibrary:
         LoraUnavailable where the network or the disk is in the way.
         """
         shown = redacted(spec.path)
-        ref = _parsed(spec)
-        if isinstance(ref, LocalFile):
-            return _known(self.folder.path(ref.name), shown)
-        return self._fetched(ref, shown, Watch(deadline, check, on_bytes))
+        try:
+            ref = _parsed(spec)
+            if isinstance(ref, LocalFile):
+                return _known(self.folder.path(ref.name), shown)
+            return self._fetched(ref, shown, Watch(deadline, check, on_bytes))
+        except KleinError:
+            raise
+        except Exception as error:  # whatever a strange file does, it does it to its LoRA alone
+            log.exception("LoRA %s", shown)
+            raise LoraError(
+                f"LoRA {shown!r} could not be read, by a fault of klein ({type(error).__name__})"
+            ) from error
 
     def is_local(self, spec: LoraSpec) -> bool:
         """Whether `find` would answer, or refuse, without asking anybody. Cheap; never raises."""
@@ -119,7 +130,7 @@ class LoraLibrary:
         if self._remote is None:
             raise LoraError(f"LoRA {shown!r}: this klein fetches no LoRAs")
         try:
-            path = self._remote.get(ref, shown, lambda part: _accept(part, shown), watch)
+            path = self._remote.get(ref, shown, lambda part: _unusable(part, shown), watch)
             found = _known(path, shown)
         except FetchFailed as error:
             raise _explained(error, ref, shown) from error
@@ -155,12 +166,18 @@ def _parsed(spec: LoraSpec) -> reference.Reference:
         raise LoraError(f"LoRA {redacted(spec.path)[:200]!r}: {error}") from error
 
 
-def _accept(part: Path, shown: str) -> None:
-    """Refuse what is no LoRA at all before it is kept."""
-    file.inspect(part, shown)
+def _unusable(part: Path, shown: str) -> str | None:
+    """Why what was fetched is no LoRA that klein can use, or None."""
+    try:
+        file.inspect(part, shown)
+    except LoraError as error:
+        return str(error)
+    return None
 
 
 def _explained(error: FetchFailed, ref: RemoteFile, shown: str) -> LoraError:
+    if isinstance(error, Unwanted):
+        return LoraError(str(error))
     hint = "; private files need CIVITAI_TOKEN" if isinstance(ref, CivitaiFile) else ""
     kind = LoraUnavailable if error.retryable else LoraError
     return kind(f"LoRA {shown!r}: {error}{hint}")

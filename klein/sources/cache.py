@@ -159,7 +159,7 @@ class Store:
     def _lead(self, ref: str, flight: _Flight, bring: Callable[[], Path], watch: Watch) -> Path:
         try:
             return bring()
-        except Exception as error:
+        except (FetchFailed, OSError) as error:
             if not watch.is_over:  # else it is this caller's own end, and no other's
                 flight.error = error
             raise

@@ -14,9 +14,13 @@ from klein.sources.transport import UNWATCHED, FetchFailed, Watch
 FRESH = 300.0
 """Seconds for which what a branch of a Hub repository led to is not asked again."""
 
-Accept = Callable[[Path], None]
-"""Looks at a file before it is kept; what it raises ends the fetch, and the file is thrown away."""
+Refuse = Callable[[Path], str | None]
+"""Looks at a file before it is kept: a sentence on why it is not, or None."""
 Promise = Callable[[], Offer]
+
+
+class Unwanted(FetchFailed):
+    """A file that came whole and is not kept; the message is whole too."""
 
 
 class RemoteFiles:
@@ -40,33 +44,35 @@ class RemoteFiles:
             return known.path
         return self._hub.cached(ref) if ref.is_fixed or self._hub.is_offline else None
 
-    def get(self, ref: RemoteFile, name: str, accept: Accept, watch: Watch = UNWATCHED) -> Path:
+    def get(self, ref: RemoteFile, name: str, refuse: Refuse, watch: Watch = UNWATCHED) -> Path:
         """The file `ref` names, fetched if need be; `name` is shown for it in lists.
 
-        Raises FetchFailed, OSError as the disk does, and what `accept` and `watch` raise.
+        Raises FetchFailed, OSError as the disk does, and what `watch` raises.
         """
         if found := self.at_hand(ref):
             return found
         match ref:
             case HubFile():
-                return self._of_hub(ref, name, accept, watch)
+                return self._of_hub(ref, name, refuse, watch)
             case UrlFile(url, sha256):
                 offer = Offer(url, sha256=sha256)
-                return self._fetch(ref.key, name, lambda: offer, sha256, accept, watch)
+                return self._fetch(ref.key, name, lambda: offer, sha256, refuse, watch)
             case CivitaiFile():
                 promise = lambda: self._civitai.offer(ref, watch)  # noqa: E731
-                return self._fetch(ref.key, name, promise, None, accept, watch)
+                return self._fetch(ref.key, name, promise, None, refuse, watch)
 
-    def _of_hub(self, ref: HubFile, name: str, accept: Accept, watch: Watch) -> Path:
+    def _of_hub(self, ref: HubFile, name: str, refuse: Refuse, watch: Watch) -> Path:
         """The file of the commit that a branch is at now, or was when the Hub last answered."""
         try:
             fixed, offer = self._hub.offer(ref, watch)
             path = self._hub.cached(fixed)
             if path is None:
                 sha256 = offer.sha256
-                path = self._fetch(fixed.key, name, lambda: offer, sha256, accept, watch)
+                path = self._fetch(fixed.key, name, lambda: offer, sha256, refuse, watch)
                 self.store.link(ref.key, path, name)
             return path
+        except Unwanted:
+            raise
         except FetchFailed as error:
             known = self.store.find(ref.key)
             if known and error.retryable and not watch.is_over:
@@ -79,17 +85,15 @@ class RemoteFiles:
         name: str,
         promise: Promise,
         sha256: str | None,
-        accept: Accept,
+        refuse: Refuse,
         watch: Watch,
     ) -> Path:
         def fetch(part: Path, reserve: Reserve) -> str | None:
             offer = promise()
             self._fetcher.download(offer, part, watch, reserve)
-            try:
-                accept(part)
-            except Exception:
+            if why := refuse(part):
                 forget(part)
-                raise
+                raise Unwanted(why)
             return offer.sha256
 
         return self.store.get(key, fetch, name=name, sha256=sha256, watch=watch)
