@@ -49,7 +49,9 @@ class LoraFolder:
         if Path(name).is_absolute() or not path.is_relative_to(root):
             raise LoraError(f"LoRA {name!r} lies outside the LoRA folder; name it relative to that")
         if not is_file:
-            there = ", ".join(self.names()[:10]) or "no LoRA"
+            if os.path.lexists(root / name):
+                raise LoraError(f"LoRA {name!r} is no file, or a link to none")
+            there = ", ".join(shown(other) for other in self.names()[:10]) or "no LoRA"
             raise LoraError(f"LoRA {name!r} is not in the LoRA folder, which holds {there}")
         return path
 
@@ -117,6 +119,11 @@ class LoraFolder:
             with suppress(OSError):
                 if time.time() - part.stat().st_mtime > ABANDONED:
                     part.unlink()
+
+
+def shown(name: str) -> str:
+    """A file name as text, also one that is not written in UTF-8."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def _write(part: Path, name: str, chunks: Iterable[bytes]) -> None:

@@ -1,7 +1,6 @@
 """The LoRAs of a deployment: finds what a reference names, lists, adds and removes."""
 
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any
 from klein.errors import KleinError, LoraError, LoraUnavailable
 from klein.lora import file
 from klein.lora.file import Identity, LoraFile
-from klein.lora.folder import LoraFolder
+from klein.lora.folder import LoraFolder, shown
 from klein.lora.metadata import defaults
 from klein.lora.spec import LoraSpec
 from klein.settings import Secret
@@ -72,18 +71,18 @@ class LoraLibrary:
         raises to stop, `on_bytes` with what has arrived. Raises LoraError, naming the way out, and
         LoraUnavailable where the network or the disk is in the way.
         """
-        shown = redacted(spec.path)
+        name = redacted(spec.path)
         try:
             ref = _parsed(spec)
             if isinstance(ref, LocalFile):
-                return _known(self.folder.path(ref.name), shown)
-            return self._fetched(ref, shown, Watch(deadline, check, on_bytes))
+                return _known(self.folder.path(ref.name), name)
+            return self._fetched(ref, name, Watch(deadline, check, on_bytes))
         except KleinError:
             raise
         except Exception as error:  # whatever a strange file does, it does it to its LoRA alone
-            log.exception("LoRA %s", shown)
+            log.exception("LoRA %s", name)
             raise LoraError(
-                f"LoRA {shown!r} could not be read, by a fault of klein ({type(error).__name__})"
+                f"LoRA {name!r} could not be read, by a fault of klein ({type(error).__name__})"
             ) from error
 
     def is_local(self, spec: LoraSpec) -> bool:
@@ -126,23 +125,23 @@ class LoraLibrary:
         """Delete a local LoRA and its defaults; raises LoraError if there is none."""
         self.folder.remove(name)
 
-    def _fetched(self, ref: RemoteFile, shown: str, watch: Watch) -> LoraFile:
+    def _fetched(self, ref: RemoteFile, name: str, watch: Watch) -> LoraFile:
         if self._remote is None:
-            raise LoraError(f"LoRA {shown!r}: this klein fetches no LoRAs")
+            raise LoraError(f"LoRA {name!r}: this klein fetches no LoRAs")
         try:
-            path = self._remote.get(ref, shown, lambda part: _unusable(part, shown), watch)
-            found = _known(path, shown)
+            path = self._remote.get(ref, name, lambda part: _unusable(part, name), watch)
+            found = _known(path, name)
         except FetchFailed as error:
-            raise _explained(error, ref, shown) from error
+            raise _explained(error, ref, name) from error
         except OSError as error:
-            raise LoraUnavailable(f"LoRA {shown!r} cannot be stored ({error.strerror})") from error
+            raise LoraUnavailable(f"LoRA {name!r} cannot be stored ({error.strerror})") from error
         promised = {ref.sha256} if isinstance(ref, UrlFile) else set()
         if re.fullmatch(r"[0-9a-f]{64}\.safetensors", path.name):
             promised.add(path.stem)
         if promised - {None, found.sha256}:
             self._remote.store.drop(path)
             raise LoraUnavailable(
-                f"LoRA {shown!r} was damaged on the disk and is thrown away: try again"
+                f"LoRA {name!r} was damaged on the disk and is thrown away: try again"
             )
         return found
 
@@ -166,21 +165,21 @@ def _parsed(spec: LoraSpec) -> reference.Reference:
         raise LoraError(f"LoRA {redacted(spec.path)[:200]!r}: {error}") from error
 
 
-def _unusable(part: Path, shown: str) -> str | None:
+def _unusable(part: Path, name: str) -> str | None:
     """Why what was fetched is no LoRA that klein can use, or None."""
     try:
-        file.inspect(part, shown)
+        file.inspect(part, name)
     except LoraError as error:
         return str(error)
     return None
 
 
-def _explained(error: FetchFailed, ref: RemoteFile, shown: str) -> LoraError:
+def _explained(error: FetchFailed, ref: RemoteFile, name: str) -> LoraError:
     if isinstance(error, Unwanted):
         return LoraError(str(error))
     hint = "; private files need CIVITAI_TOKEN" if isinstance(ref, CivitaiFile) else ""
     kind = LoraUnavailable if error.retryable else LoraError
-    return kind(f"LoRA {shown!r}: {error}{hint}")
+    return kind(f"LoRA {name!r}: {error}{hint}")
 
 
 def _known(path: Path, name: str) -> LoraFile:
@@ -200,17 +199,16 @@ def _inspect(path: Path, name: str, _: Identity) -> LoraFile:
 
 def _row(name: str, source: str, find: Callable[[], Path]) -> dict[str, Any]:
     """One line of the list; whatever is wrong with a file is said in it."""
-    shown = os.fsencode(name).decode("utf-8", "replace")
-    row: dict[str, Any] = {"name": shown, "source": source, "bytes": 0}
+    row: dict[str, Any] = {"name": shown(name), "source": source, "bytes": 0}
     try:
         path = find()
         identity = Identity.of(path.stat())
         row["bytes"] = identity.size
-        return row | _described(path, shown, identity) | {"defaults": asdict(defaults(path))}
+        return row | _described(path, name, identity) | {"defaults": asdict(defaults(path))}
     except LoraError as error:
         return row | {"error": str(error)}
     except OSError as error:
-        return row | {"error": f"LoRA {shown!r} cannot be read ({error.strerror})"}
+        return row | {"error": f"LoRA {name!r} cannot be read ({error.strerror})"}
 
 
 @lru_cache(maxsize=LISTED)

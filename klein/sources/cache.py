@@ -33,7 +33,7 @@ ABANDONED = 120.0
 """Seconds without a byte after which a download is nobody's: its reader gave up after 30."""
 FORGOTTEN = 86400.0
 """Seconds after which nobody goes on with an interrupted download."""
-HEADROOM = 256 * 1024**2
+HEADROOM = 64 * 1024**2
 """Bytes of a disk that are left free."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
