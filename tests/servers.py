@@ -65,6 +65,7 @@ def serve(answer: Callable[[Seen], Answer]) -> Iterator[Server]:
         yield server
     finally:
         http.shutdown()
+        http.server_close()
 
 
 def bucket() -> Callable[[Seen], Answer]:
