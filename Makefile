@@ -14,7 +14,7 @@ QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 export BENTOML_DO_NOT_TRACK := 1
 
 .PHONY: help serve test check unit coverage model-tests gpu-tests lint types fix lock hooks \
-	bench bundle pictures clean
+	bench bundle docs pictures clean
 
 help:
 	@echo "make serve        set up, then serve MODEL_ID (nano unless set) on PORT ($(PORT))"
@@ -29,6 +29,7 @@ help:
 	@echo "make hooks        run the linters before every commit"
 	@echo "make bench        seconds a picture by stock diffusers and each tier, and the service's share"
 	@echo "make bundle       build the image with Docker and run both of its lives (minutes)"
+	@echo "make docs         write the tables and plots of the pages again"
 	@echo "make pictures     draw the pictures of the README again"
 	@echo "make clean        remove the environment"
 
@@ -99,6 +100,11 @@ $(VENV)/.test: requirements-dev.lock $(VENV)/.serve
 bench: $(VENV)/.serve
 	$(BIN)/python -m benchmarks.tiers
 	$(BIN)/python -m benchmarks.service
+
+# the tables and plots of the pages, made anew from the code and from SPEED.md
+docs: $(VENV)/.test
+	$(BIN)/python -m docs.plots
+	$(BIN)/python -m tests.support.docs --write
 
 pictures: $(VENV)/.serve
 	MODEL_ID=nano $(BIN)/python -m docs.pictures

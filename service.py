@@ -14,8 +14,9 @@ from PIL import Image
 from starlette.requests import Request
 from starlette.responses import Response
 
-from klein.app import build, metrics
+from klein.app import build
 from klein.app.generator import Generator
+from klein.app.metrics import Recorder
 from klein.core import ImagePipeline
 from klein.engine.engine import State
 from klein.entrypoints.http.app import connect, create_app, middlewares
@@ -27,10 +28,9 @@ from klein.settings import Settings
 
 log = logging.getLogger("klein.service")
 
-GAUGES = {
-    row.name: bentoml.metrics.Gauge(row.name, row.doc, multiprocess_mode="livemax")
-    for row in metrics.GAUGES
-}
+RECORDER = Recorder(
+    lambda row: getattr(bentoml.metrics, row.kind)(row.name, row.doc, row.labels, **row.options)
+)
 LEAVE_SECONDS = 30.0
 """How long an unhealthy worker may take to deliver its answers."""
 
@@ -102,6 +102,7 @@ class Klein:
             self._load_and_greet,
             on_load_failed=_give_up,
             on_unhealthy=self.request_restart,
+            recorder=RECORDER,
         )
         connect(APP, self.generator)
 
@@ -141,8 +142,6 @@ class Klein:
         asked = GenerateRequest.model_validate(params)
         given = await answer(self.generator, asked, ctx.request)
         ctx.response.status_code = given.status_code  # BentoML would make it 200
-        for name, value in metrics.read(self.generator).items():
-            GAUGES[name].set(value)
         return given
 
 

@@ -1,16 +1,41 @@
-"""Draws the pictures of the README: `make pictures`."""
+"""Draws the pictures of the pages on the built-in model: `make pictures`."""
 
+import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 FOLDER = Path(__file__).parent / "images"
 WOMAN = "a smiling woman with red hair, green eyes and a blue hat, on a yellow background"
 TIERS = ("exact", "fast", "turbo")
-ZIBBO = "zibbo with a red hat on a blue background"
+
+ZIBBO = (
+    ("zibbo with a red hat on a blue background", 3),
+    ("zibbo wearing a green sweater, smiling, on a yellow background", 3),
+)
+COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("no LoRA", ()),
+    ("zibbo at 0.5", ("zibbo.safetensors:0.5",)),
+    ("zibbo at 1.0", ("zibbo.safetensors:1.0",)),
+    ("zibbo + pixelkin", ("zibbo.safetensors:1.0", "pixelkin.safetensors:1.0")),
+)
+
+SIDE, GAP, HEAD, FOOT, RADIUS = 256, 10, 40, 50, 14
+CARD, TITLE, NOTE = "#161b22", "#f0f6fc", "#7ee2a8"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An image and the reports of its LoRAs, as they stand in the file."""
+
+    image: Image.Image
+    reports: list[dict[str, Any]]
 
 
 def draw(name: str, *flags: str, speed: str = "auto") -> Path:
@@ -19,6 +44,27 @@ def draw(name: str, *flags: str, speed: str = "auto") -> Path:
     argv = [sys.executable, "-m", "klein", "generate", *flags, "-o", str(path)]
     subprocess.run(argv, check=True, env=os.environ | {"KLEIN_SPEED": speed})
     return path
+
+
+def draw_with(prompt: str, seed: int, loras: tuple[str, ...]) -> Drawn:
+    """One picture with LoRAs, and the reports that klein wrote into it."""
+    flags = [part for lora in loras for part in ("--lora", lora)]
+    path = draw("part.png", prompt, "--seed", str(seed), *flags)
+    image = Image.open(path)
+    found = re.search(r', klein: ("(?:[^"\\]|\\.)*")$', image.text["parameters"])  # type: ignore[attr-defined]
+    assert found
+    own = json.loads(json.loads(found[1]))
+    drawn = Drawn(image.convert("RGB"), own["lora_reports"])
+    path.unlink()
+    return drawn
+
+
+def proof(reports: list[dict[str, Any]]) -> str:
+    """What the LoRAs did, a line each."""
+    return "\n".join(
+        f"{r['layers_matched']}/{r['layers_in_file']} layers, change {r['relative_change']:.3f}"
+        for r in reports
+    )
 
 
 def strip(name: str, paths: list[Path]) -> None:
@@ -34,13 +80,34 @@ def strip(name: str, paths: list[Path]) -> None:
         path.unlink()
 
 
+def sheet(name: str, columns: list[list[Drawn]]) -> None:
+    """A column for each way, its title above and the proof of its LoRAs below."""
+    rows = len(columns[0])
+    size = (
+        len(columns) * (SIDE + GAP) + GAP,
+        HEAD + rows * (SIDE + GAP) + FOOT,
+    )
+    whole = Image.new("RGBA", size)
+    pen = ImageDraw.Draw(whole)
+    pen.rounded_rectangle((0, 0, size[0] - 1, size[1] - 1), RADIUS, CARD)
+    title, note = ImageFont.load_default(19), ImageFont.load_default(15)
+    for number, ((text, _), drawn) in enumerate(zip(COLUMNS, columns, strict=True)):
+        left = GAP + number * (SIDE + GAP)
+        middle = left + SIDE / 2
+        pen.text((middle, HEAD / 2), text, TITLE, title, anchor="mm")
+        for row, part in enumerate(drawn):
+            whole.paste(part.image, (left, HEAD + row * (SIDE + GAP)))
+        foot = (middle, HEAD + rows * (SIDE + GAP) + (FOOT - GAP) / 2)
+        pen.multiline_text(foot, proof(drawn[0].reports), NOTE, note, anchor="mm", align="center")
+    whole.save(FOLDER / name, optimize=True)
+
+
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
-    draw("woman.png", WOMAN, "--seed", "4")
-    without = draw("without.png", ZIBBO, "--seed", "3")
-    half = draw("half.png", ZIBBO, "--seed", "3", "--lora", "zibbo.safetensors:0.5")
-    full = draw("full.png", ZIBBO, "--seed", "3", "--lora", "zibbo.safetensors:1.0")
-    strip("zibbo.png", [without, half, full])
+    sheet(
+        "loras.png",
+        [[draw_with(prompt, seed, loras) for prompt, seed in ZIBBO] for _, loras in COLUMNS],
+    )
     tiers = [draw(f"{tier}.png", WOMAN, "--seed", "4", speed=tier) for tier in TIERS]
     strip("tiers.png", tiers)
 

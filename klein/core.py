@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from klein.errors import Cancelled, DeadlineExceeded, KleinError, LoraError
 from klein.lora.file import LoraFile
 from klein.lora.spec import LoraSpec
+from klein.models import sizes
 from klein.models.catalog import ModelSpec
 from klein.models.schedule import Schedule
+from klein.pixels import Repaint
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,8 +24,36 @@ SEEDS = 2**32
 
 
 @dataclass(frozen=True, slots=True)
+class Margins:
+    """Pixels that a picture is extended by on each side."""
+
+    left: int = 0
+    right: int = 0
+    top: int = 0
+    bottom: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class InputInfo:
+    """How parameters name a caller's picture: by the sha256 of its bytes and its upright size in
+    pixels; with the size it is used at and the tokens it takes, 0 for one that is no reference."""
+
+    sha256: str
+    width: int
+    height: int
+    used_width: int
+    used_height: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationParams:
-    """What will be drawn: everything decided. Sizes are pixels; image i has seed `seed + i`."""
+    """What will be drawn: everything decided. Sizes are pixels; image i has seed `seed + i`.
+
+    `width` and `height` are those that are drawn; a repainted picture leaves at its own size. What
+    does not apply is None: `strength` without a start image, `mask_feather` without a mask,
+    `mask_padding` where the whole picture is drawn, `reference_megapixels` without references.
+    """
 
     prompt: str
     negative_prompt: str
@@ -39,6 +69,14 @@ class GenerationParams:
     sampler: str
     schedule: Schedule
     max_sequence_length: int
+    images: tuple[InputInfo, ...] = ()
+    reference_megapixels: float | None = None
+    init_image: InputInfo | None = None
+    strength: float | None = None
+    mask: InputInfo | None = None
+    mask_feather: int | None = None
+    mask_padding: int | None = None
+    extend: Margins | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +114,12 @@ class LoraReport:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedImage:
-    """One image, RGB, of the size in the parameters."""
+    """One image, RGB, of the size in the parameters, or of the picture that was repainted; then
+    `unchanged_pixels` counts those that are the caller's own, bit for bit."""
 
     seed: int
     image: "Image"
+    unchanged_pixels: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +146,7 @@ class Timings:
     queue: float = 0.0
     text: float = 0.0
     lora: float = 0.0
+    encode: float = 0.0
     denoise: float = 0.0
     decode: float = 0.0
     total: float = 0.0
@@ -129,8 +170,8 @@ class GenerationResult:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Step `step` of `steps` of image `image` of `images`, all counted from 1; while a LoRA is
-    fetched `stage` is "fetch" and the steps are bytes."""
+    """Step `step` of `steps` of image `image` of `images`, all counted from 1; while a LoRA or a
+    picture is fetched `stage` is "fetch" and the steps are bytes."""
 
     step: int
     steps: int
@@ -216,14 +257,51 @@ class RequestContext:
 
 
 @dataclass(frozen=True, slots=True)
+class InputImage:
+    """A caller's picture as a pipeline uses it: RGB, upright, already at the size it is used at,
+    both sides multiples of 16. `sha256` is of the bytes as sent, `width` and `height` their
+    upright size."""
+
+    image: "Image"
+    sha256: str
+    width: int
+    height: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens it takes as a reference."""
+        return sizes.tokens(*self.image.size)
+
+
+@dataclass(frozen=True, slots=True)
+class EditInputs:
+    """The caller's pictures that a job needs.
+
+    `references` are context, in the order of their time ids 10, 20, …; a picture that is repainted
+    is the first of them. `start` has the size that is drawn, and `params.strength` says from where
+    to start with it. `repaint` is there when parts of `start` stay: its `mask` says which.
+    """
+
+    references: tuple[InputImage, ...] = ()
+    start: InputImage | None = None
+    repaint: Repaint | None = None
+
+    @property
+    def reference_tokens(self) -> int:
+        """Tokens that the references add to each forward."""
+        return sum(reference.tokens for reference in self.references)
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """What a pipeline is to draw: `params` with everything settled, the files that `params.loras`
-    led to (or why one could not be had), and what was changed on the way here."""
+    led to (or why one could not be had), what was changed on the way, and the pictures sent."""
 
     context: RequestContext
     params: GenerationParams
     loras: tuple[LoraFile | LoraError, ...] = ()
     warnings: tuple[str, ...] = ()
+    inputs: EditInputs = EditInputs()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,9 @@ KleinError
 ├── Forbidden           a key without the right to do this, or a page of another origin
 ├── RequestTooLarge     more bytes than a route takes
 ├── RequestTooSlow      a body that did not arrive in time
+├── ImageUnavailable    a picture whose address cannot be reached now
+├── NotFound            there is no such thing, or it is gone, or it belongs to somebody else
+├── Conflict            it cannot be done to the thing as it is now
 ├── BadSetting          an environment variable with a value that cannot work
 ├── ModelUnavailable    the model cannot be found, fetched or fitted into this machine
 ├── NotReady            the model is still loading, or the worker is being replaced
@@ -33,6 +36,9 @@ class ErrorCode(StrEnum):
     FORBIDDEN = "forbidden"
     REQUEST_TOO_LARGE = "request_too_large"
     REQUEST_TOO_SLOW = "request_too_slow"
+    IMAGE_UNAVAILABLE = "image_unavailable"
+    NOT_FOUND = "not_found"
+    CONFLICT = "conflict"
     BAD_SETTING = "bad_setting"
     MODEL_UNAVAILABLE = "model_unavailable"
     NOT_READY = "not_ready"
@@ -89,6 +95,19 @@ class RequestTooLarge(KleinError):
 class RequestTooSlow(KleinError):
     code = ErrorCode.REQUEST_TOO_SLOW
     retryable = True
+
+
+class ImageUnavailable(KleinError):
+    code = ErrorCode.IMAGE_UNAVAILABLE
+    retryable = True
+
+
+class NotFound(KleinError):
+    code = ErrorCode.NOT_FOUND
+
+
+class Conflict(KleinError):
+    code = ErrorCode.CONFLICT
 
 
 class BadSetting(KleinError):

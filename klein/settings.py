@@ -186,6 +186,27 @@ class Settings:
     s3_expiry: int = _setting(
         "KLEIN_S3_EXPIRY", 86400, _number(int, 60, 604800), "seconds a picture's URL stays valid"
     )
+    jobs_keep_seconds: float = _setting(
+        "KLEIN_JOBS_KEEP_SECONDS",
+        3600.0,
+        _number(float, 1, 604800),
+        "seconds a job over HTTP is kept after its end, with its images",
+    )
+    jobs_keep_mb: float = _setting(
+        "KLEIN_JOBS_KEEP_MB",
+        256.0,
+        _number(float, 1, 100000),
+        "MB of memory for the images of jobs; the oldest go first, the newest job's always stay",
+    )
+    event_streams: int = _setting(
+        "KLEIN_EVENT_STREAMS", 32, _number(int, 1, 10000), "event streams one key may have open"
+    )
+    webhook_secret: Secret | None = _setting(
+        "KLEIN_WEBHOOK_SECRET",
+        None,
+        Secret,
+        "signs the webhooks of jobs: `whsec_` and base64 of 24 to 64 bytes; none are sent without",
+    )
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> "Settings":

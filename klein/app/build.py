@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from klein.app.generator import Generator
+from klein.app.metrics import Recorder
 from klein.core import ImagePipeline
 from klein.engine.engine import Engine
 from klein.errors import KleinError
@@ -53,6 +54,7 @@ def generator(
     *,
     on_load_failed: Callable[[KleinError], None] = lambda _: None,
     on_unhealthy: Callable[[KleinError], None] = lambda _: None,
+    recorder: Recorder | None = None,
 ) -> Generator:
     """The generator of these settings, its model being loaded in the background.
 
@@ -62,9 +64,10 @@ def generator(
     engine = Engine(
         load,
         queue_size=settings.queue_size,
+        on_ready=lambda: recorder.update(engine) if recorder else None,
         on_load_failed=on_load_failed,
         on_unhealthy=on_unhealthy,
     )
-    made = Generator(engine, library(settings), settings, bucket)
+    made = Generator(engine, library(settings), settings, bucket, recorder)
     engine.start()
     return made

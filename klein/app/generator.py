@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from klein.app.estimate import StepTimes
+from klein.app.metrics import Recorder
 from klein.app.prepare import prepare
 from klein.core import (
     Delivery,
@@ -27,6 +29,7 @@ from klein.output.response import require_bucket
 from klein.request.resolve import Resolved, resolve
 from klein.request.schema import GenerateRequest
 from klein.settings import Settings
+from klein.sources.fetch import Fetcher
 
 PREPARING_THREADS = 4
 
@@ -43,12 +46,20 @@ class Generator:
     """Turns requests into results on one engine. Entrypoints parse, call `run` and render."""
 
     def __init__(
-        self, engine: Engine, library: LoraLibrary, settings: Settings, bucket: Bucket | None
+        self,
+        engine: Engine,
+        library: LoraLibrary,
+        settings: Settings,
+        bucket: Bucket | None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.engine = engine
         self.library = library
         self.settings = settings
         self.bucket = bucket
+        self.recorder = recorder
+        self._fetcher = Fetcher(settings.fetch_hosts)
+        self.step_times = StepTimes()
         self._preparing = 0
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(PREPARING_THREADS, "klein-prepare")
@@ -78,20 +89,47 @@ class Generator:
 
         Cancelling the waiter cancels the work and returns once the GPU is free of it.
         """
+        with self._recorded() as record:
+            generated = await self._run(request, context)
+            record(generated.result)
+        return generated
+
+    @contextmanager
+    def _recorded(self) -> Iterator[Callable[[GenerationResult], None]]:
+        """Tells the metrics how what is inside ends."""
+        if self.recorder is None:
+            yield lambda _: None
+            return
+        try:
+            yield self.recorder.finished
+        except BaseException as error:
+            self.recorder.failed(error)
+            raise
+        finally:
+            self.recorder.update(self.engine)
+
+    async def _run(self, request: GenerateRequest, context: RequestContext) -> Generated:
         resolved = self.resolve(request)
         self.engine.require_place()
-        if resolved.params.loras:
+        if resolved.needs_preparing:
             job = await self._prepare(resolved, context)
             result = await self.engine.run(job, admitted=True)
         else:
             result = await self.engine.run(Job(context, resolved.params, (), resolved.warnings))
+        self.step_times.learn(result)
         return Generated(result, resolved.delivery)
+
+    def retry_after(self) -> float | None:
+        """Seconds until a place in the queue is free, as far as measured step times tell."""
+        return self.step_times.wait(self.engine.queue(), ahead=0)
 
     async def _prepare(self, resolved: Resolved, context: RequestContext) -> Job:
         """`prepare` in a thread. Whoever waits can leave at the deadline: the thread ends later."""
         with self._place():
             loop = asyncio.get_running_loop()
-            work = loop.run_in_executor(self._threads, prepare, resolved, context, self.library)
+            work = loop.run_in_executor(
+                self._threads, prepare, resolved, context, self.library, self._fetcher
+            )
             try:
                 await asyncio.wait({work}, timeout=context.deadline - time.monotonic())
             except asyncio.CancelledError:
@@ -107,7 +145,7 @@ class Generator:
         with self._lock:
             if self._preparing >= self.settings.queue_size:
                 raise QueueFull(
-                    f"{self._preparing} requests are waiting for LoRAs already: try again later, "
+                    f"{self._preparing} requests are waiting for LoRAs or images: try again later, "
                     "or raise KLEIN_QUEUE_SIZE"
                 )
             self._preparing += 1

@@ -1,19 +1,36 @@
-"""What a request needs before a GPU is asked: its LoRAs on disk, and what only their files know."""
+"""What a request needs before a GPU is asked: its pictures read, its LoRAs on disk, and what only
+their files know."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
+from klein.app.inputs import gather
 from klein.core import GenerationParams, Job, Progress, RequestContext
 from klein.errors import LoraError
 from klein.lora.file import LoraFile
 from klein.lora.library import LoraLibrary
 from klein.request.resolve import Resolved
+from klein.sources.fetch import Fetcher
 
 
-def prepare(resolved: Resolved, context: RequestContext, library: LoraLibrary) -> Job:
-    """The job of a resolved request: every LoRA found and fetched, or, with `lora_error:
-    continue`, the error in its place. Raises LoraError, Cancelled or DeadlineExceeded."""
-    params = resolved.params
+def prepare(
+    resolved: Resolved, context: RequestContext, library: LoraLibrary, fetcher: Fetcher
+) -> Job:
+    """The job of a resolved request: its pictures read, and every LoRA found and fetched, or, with
+    `lora_error: continue`, the error in its place.
+
+    Raises InvalidRequest, ImageUnavailable, LoraError, Cancelled or DeadlineExceeded.
+    """
+    gathered = gather(resolved, context, fetcher)
+    params, found = gathered.params, _find_loras(gathered.params, context, library)
+    params, warnings = settle_loras(params, found)
+    told = (*resolved.warnings, *gathered.warnings, *warnings)
+    return Job(context, params, tuple(found), told, gathered.inputs)
+
+
+def _find_loras(
+    params: GenerationParams, context: RequestContext, library: LoraLibrary
+) -> list[LoraFile | LoraError]:
 
     def on_bytes(have: int, total: int | None) -> None:
         context.report(Progress(have, total or have, 1, 1, stage="fetch"))
@@ -27,8 +44,7 @@ def prepare(resolved: Resolved, context: RequestContext, library: LoraLibrary) -
             if params.lora_error == "fail":
                 raise
             found.append(error)
-    params, warnings = settle_loras(params, found)
-    return Job(context, params, tuple(found), (*resolved.warnings, *warnings))
+    return found
 
 
 def settle_loras(

@@ -51,6 +51,16 @@ class EngineStats:
     queue_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class QueueView:
+    """The job on the GPU since `started` (on the clock of time.monotonic), and those that wait,
+    the next one first."""
+
+    running: Job | None
+    started: float
+    waiting: tuple[Job, ...]
+
+
 @dataclass(eq=False, slots=True)
 class _Entry:
     """A job in the queue."""
@@ -67,16 +77,20 @@ class Engine:
         load: Callable[[], ImagePipeline],
         *,
         queue_size: int,
+        on_ready: Callable[[], None] = lambda: None,
         on_load_failed: Callable[[KleinError], None] = lambda _: None,
         on_unhealthy: Callable[[KleinError], None] = lambda _: None,
     ) -> None:
         """`on_unhealthy` is called once, in the worker thread, after all futures are done."""
         self._load = load
+        self._on_ready = on_ready
         self._on_load_failed = on_load_failed
         self._on_unhealthy = on_unhealthy
         self._queue_size = queue_size
         self._waiting: list[_Entry] = []
         self._running: Job | None = None
+        self._started = 0.0
+        self._listeners: list[Callable[[], None]] = []
         self._wake = threading.Condition()
         self._loaded = threading.Event()
         self._pipeline: ImagePipeline | None = None
@@ -121,6 +135,21 @@ class Engine:
                 str(self.state), len(self._waiting), self._running is not None, self._queue_size
             )
 
+    def queue(self) -> QueueView:
+        """Who is drawn and who waits."""
+        with self._wake:
+            waiting = tuple(entry.job for entry in self._waiting)
+            return QueueView(self._running, self._started, waiting)
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Call `listener` when a job joins or leaves the queue, in whatever thread that happens;
+        it must not raise."""
+        self._listeners.append(listener)
+
+    def _changed(self) -> None:
+        for listener in self._listeners:
+            listener()
+
     def require_place(self) -> None:
         """Raise NotReady or QueueFull if a job submitted now would be refused."""
         _ = self.pipeline
@@ -150,6 +179,7 @@ class Engine:
             entry = _Entry(job, Future())
             self._waiting.append(entry)
             self._wake.notify_all()
+        self._changed()
         return entry.future
 
     async def run(self, job: Job, *, admitted: bool = False) -> GenerationResult:
@@ -184,6 +214,7 @@ class Engine:
                 return
             self._waiting.remove(entry)
         entry.future.set_exception(over)
+        self._changed()
 
     # -- the worker thread ---------------------------------------------------------------------
 
@@ -201,8 +232,11 @@ class Engine:
             if self.state is State.LOADING:
                 self.state = State.READY
         self._loaded.set()
+        self._on_ready()
         while taken := self._take():
+            self._changed()
             self._run(taken)
+            del taken  # its result, or the frames of its error, would live until the next job
 
     def _fail(self, error: KleinError) -> None:
         self.error = error
@@ -217,7 +251,7 @@ class Engine:
                     return None
                 self._wake.wait()
             entry = self._waiting.pop(0)
-            self._running = entry.job
+            self._running, self._started = entry.job, time.monotonic()
             return entry
 
     def _run(self, entry: _Entry) -> None:

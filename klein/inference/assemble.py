@@ -1,49 +1,48 @@
 """Puts a pipeline together as planned: weights, proof of the kernels, speed options, placement."""
 
+import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import Flux2KleinPipeline
 
 from klein.errors import ModelUnavailable
-from klein.inference.acceleration import attention
-from klein.inference.acceleration import vae as decoder
+from klein.inference import offload
+from klein.inference.acceleration import attention, vae
 from klein.inference.acceleration.attention import Backend
 from klein.inference.acceleration.check import proved
-from klein.inference.acceleration.text_encoder import GraphedEncoder
+from klein.inference.acceleration.text_encoder import CudaGraphEncoder
 from klein.inference.acceleration.transformer import FusedForward, block_linears, quantise
-from klein.inference.denoise import Sampler
-from klein.inference.loading import modules as loading
+from klein.inference.loading import modules
 from klein.inference.loading.reader import Weights
-from klein.inference.offload import Shuttle, pin
-from klein.inference.pipeline import KleinPipeline
-from klein.lora.library import LoraLibrary
-from klein.models import plan as preflight
-from klein.models.plan import Plan
-from klein.models.speed import THRIFT
+from klein.inference.offload import ModelOffloader
+from klein.inference.pipeline import KleinPipeline, Parts
+from klein.models.plan import Plan, fetched
 from klein.settings import Settings
 
-log = logging.getLogger("bentoml.klein")
+log = logging.getLogger(__name__)
 
 TILE = 512
-"""Side in pixels of a tile at most, where a picture is decoded in tiles."""
+"""Side in pixels of a tile at most, where an image is decoded in tiles."""
 
 
 def load(
     plan: Plan,
     settings: Settings,
-    library: LoraLibrary,
-    begun: dict[str, Weights] | None = None,
+    pending_weights: Mapping[str, Weights] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> KleinPipeline:
     """Read the weights and place them; raises ModelUnavailable.
 
-    `begun` is what klein.inference.loading has begun to read for this plan already.
+    `pending_weights` are what `start_reading` reads for this plan already. `dtype` is what the
+    model computes in: bfloat16 on a GPU and float32 on the CPU unless given.
     """
     if plan.device == "cuda" and not torch.cuda.is_available():
         raise ModelUnavailable(
@@ -51,25 +50,19 @@ def load(
             "driver, or use MODEL_ID=nano with KLEIN_DEVICE=cpu"
         )
     started = time.perf_counter()
-    plan = preflight.fetched(plan, settings)
-    begun = begun or loading.begin(plan)
+    plan = fetched(plan, settings)
+    pending_weights = pending_weights or modules.start_reading(plan, dtype)
     log.info("reading the weights from %s: %s", plan.found_in, plan.source)
-    _quiet()
     capability = torch.cuda.get_device_capability() if plan.device == "cuda" else (0, 0)
     fused = plan.acceleration.has("fused")
     backend = attention.choose(settings.attention, plan.device, capability, fused=fused)
     plan = replace(plan, acceleration=proved(plan, settings, backend))
     checked = time.perf_counter()
-    pipe = _read(plan, settings, begun)
-    _assert_klein(pipe, plan)
-    pipe.set_progress_bar_config(disable=True)
-    _set_tiles(pipe, settings)
-    sampler = accelerate(pipe, plan, backend)
-    shuttle = _place(pipe, plan)
-    made = KleinPipeline(pipe, plan, settings, library, sampler, backend.label, shuttle)
+    parts = _read(plan, settings, pending_weights, dtype or modules.dtype_on(plan.device))
+    pipeline = build(parts, plan, settings, backend)
     read = time.perf_counter()
     if plan.device == "cuda" and plan.offload == "none":
-        made.warm_up()
+        pipeline.warm_up()
     log.info(
         "%s loaded: kernels ready after %.1f s, weights after %.1f s, warm after %.1f s; %s; "
         "%s tier, %s",
@@ -81,27 +74,48 @@ def load(
         plan.acceleration.tier.name,
         backend.label,
     )
-    return made
+    return pipeline
 
 
-def _read(plan: Plan, settings: Settings, begun: dict[str, Weights]) -> Any:
-    """The pipeline with its weights where they are used first; raises ModelUnavailable."""
-    folder, dtype = Path(plan.source), loading.dtype_on(plan.device)
+def build(parts: Parts, plan: Plan, settings: Settings, backend: Backend) -> KleinPipeline:
+    """A pipeline of `parts`, which lie where `plan` reads them to: accelerated and placed."""
+    parts.vae.use_slicing = settings.vae_slicing
+    parts.vae.tile_sample_min_size = min(TILE, parts.vae.config.sample_size)
+    scale = 2 ** (len(parts.vae.config.block_out_channels) - 1)
+    parts.vae.tile_latent_min_size = parts.vae.tile_sample_min_size // scale
+    parts = _accelerated(parts, plan, backend)
+    return KleinPipeline(parts, plan, settings, backend.label, _placed(parts, plan))
+
+
+def plain(transformer: Any, vae: Any, text_encoder: Any, tokenizer: Any) -> Parts:
+    """Parts that run as diffusers and transformers run them."""
+    forward = partial(transformer, return_dict=False)
+    return Parts(transformer, vae, text_encoder, tokenizer, forward, text_encoder)
+
+
+def _read(
+    plan: Plan, settings: Settings, pending: Mapping[str, Weights], dtype: torch.dtype
+) -> Parts:
+    """The parts with their weights where they are used first; raises ModelUnavailable."""
+    folder = Path(plan.source)
+    _quiet()
     try:
-        return Flux2KleinPipeline.from_pretrained(
-            plan.source,
-            text_encoder=loading.text_encoder(
+        _require_klein(folder, plan)
+        return plain(
+            text_encoder=modules.text_encoder(
                 folder / "text_encoder",
                 _cut_config(folder),
                 plan.read_to,
                 dtype,
-                begun["text_encoder"],
+                pending["text_encoder"],
             ),
-            vae=loading.vae(folder / "vae", plan.read_to, dtype, begun["vae"]),
-            transformer=loading.transformer(
-                folder / "transformer", plan.transformer_to, dtype, begun["transformer"]
+            vae=modules.vae(folder / "vae", plan.read_to, dtype, pending["vae"]),
+            transformer=modules.transformer(
+                folder / "transformer", plan.transformer_to, dtype, pending["transformer"]
             ),
-            local_files_only=True,
+            tokenizer=transformers.Qwen2Tokenizer.from_pretrained(
+                folder / "tokenizer", local_files_only=True
+            ),
         )
     except torch.OutOfMemoryError:
         raise
@@ -110,13 +124,6 @@ def _read(plan: Plan, settings: Settings, begun: dict[str, Weights]) -> Any:
             f"{settings.model_id} from {plan.found_in} could not be loaded "
             f"({type(error).__name__}): {str(error)[:300]}"
         ) from error
-
-
-def _set_tiles(pipe: Any, settings: Settings) -> None:
-    pipe.vae.use_slicing = settings.vae_slicing
-    tile = min(TILE, pipe.vae.config.sample_size)
-    pipe.vae.tile_sample_min_size = tile
-    pipe.vae.tile_latent_min_size = tile // pipe.vae_scale_factor
 
 
 def _quiet() -> None:
@@ -129,54 +136,70 @@ def _quiet() -> None:
 def _cut_config(folder: Path) -> Any:
     """The text encoder's configuration without the layers after the last state that is read."""
     config = transformers.AutoConfig.from_pretrained(folder, subfolder="text_encoder")
-    config.num_hidden_layers = min(config.num_hidden_layers, loading.OUT_LAYERS[-1])
+    config.num_hidden_layers = min(config.num_hidden_layers, modules.OUT_LAYERS[-1])
     if layer_types := getattr(config, "layer_types", None):
         config.layer_types = layer_types[: config.num_hidden_layers]
     return config
 
 
-def _assert_klein(pipe: Any, plan: Plan) -> None:
-    """What later code relies on, said before the first picture and not after."""
-    if not pipe.scheduler.config.use_dynamic_shifting:
-        raise ModelUnavailable("this model's scheduler does not shift dynamically: not FLUX.2")
-    if bool(pipe.config.is_distilled) != plan.spec.distilled:
-        kind = "distilled" if pipe.config.is_distilled else "not distilled"
+_SHIFT = {
+    "use_dynamic_shifting": True,
+    "time_shift_type": "exponential",
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+}
+"""How FLUX.2's scheduler is set, and klein samples."""
+
+
+def _require_klein(folder: Path, plan: Plan) -> None:
+    """What later code relies on, said before the first image and not after."""
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    stock = {"use_dynamic_shifting": False}
+    for name, value in _SHIFT.items():
+        if scheduler.get(name, stock.get(name, value)) != value:
+            raise ModelUnavailable(
+                f"this model's scheduler is not FLUX.2's: its {name} is not {value}"
+            )
+    distilled = bool(json.loads((folder / "model_index.json").read_text()).get("is_distilled"))
+    if distilled != plan.spec.distilled:
+        kind = "distilled" if distilled else "not distilled"
         raise ModelUnavailable(
             f"model_index.json says {kind}, and {plan.spec.name} is the opposite"
         )
 
 
-def accelerate(pipe: Any, plan: Plan, backend: Backend) -> Sampler:
-    """Put the plan's options on; what is returned stands in for the transformer's forward."""
+def _accelerated(parts: Parts, plan: Plan, backend: Backend) -> Parts:
+    """The parts with the plan's speed options on."""
     faster = plan.acceleration
-    forward = pipe.transformer.forward
+    transformer, encoder = parts.transformer, parts.text_encoder
     if faster.has("fused"):
-        forward = FusedForward(pipe.transformer, backend.attend)
+        parts = replace(parts, denoiser=FusedForward(transformer, backend.attend))
     elif plan.device == "cuda":
-        pipe.transformer.set_attention_backend(backend.diffusers)
+        transformer.set_attention_backend(backend.diffusers)
     if faster.has("decoder"):
-        decoder.fuse(pipe.vae)
+        vae.fuse(parts.vae)
     if faster.has("float8"):
-        quantise(pipe.transformer, plan.device)
+        quantise(transformer, plan.device)
         if plan.transformer_to != plan.device:
-            pin(layer.weight.data for layer in block_linears(pipe.transformer).values())
-    if faster.has("graphed") and plan.device == "cuda":
-        encoder = pipe.text_encoder
-        encoder.forward = GraphedEncoder(encoder, plan.spec.max_sequence_length)
-    thrift = THRIFT if faster.has("thrift") else None
-    sampler = Sampler(forward, paired=faster.has("paired"), thrift=thrift)
-    pipe.transformer.forward = sampler
-    return sampler
+            offload.pin(layer.weight.data for layer in block_linears(transformer).values())
+    if faster.has("cuda_graph") and plan.device == "cuda":
+        recorded = CudaGraphEncoder(encoder, plan.spec.max_sequence_length)
+        parts = replace(parts, encoder=recorded)
+    return parts
 
 
-def _place(pipe: Any, plan: Plan) -> Shuttle | None:
+def _placed(parts: Parts, plan: Plan) -> ModelOffloader | None:
     """Spread the weights as planned; those that stay where they were read need nothing."""
     if plan.offload == "sequential":
-        pipe.enable_sequential_cpu_offload()
+        offload.sequentially(plan.device, parts.transformer, parts.vae, parts.text_encoder)
     if plan.offload != "model":
         return None
-    pipe.vae.to(plan.device)
-    shuttle = Shuttle(plan.device, pipe.text_encoder, pipe.transformer)
-    pin(shuttle.originals(pipe.text_encoder).values())
-    pin(shuttle.originals(pipe.transformer).values())
-    return shuttle
+    parts.vae.to(plan.device)
+    offloader = ModelOffloader(plan.device, parts.text_encoder, parts.transformer)
+    offload.pin(offloader.originals(parts.text_encoder).values())
+    offload.pin(offloader.originals(parts.transformer).values())
+    return offloader

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from klein.models.sizes import MULTIPLE
+
 GB = 1_000_000_000
 
 
@@ -51,18 +53,20 @@ class Peak:
     base: float
     per_megapixel: float
 
-    def of(self, width: int, height: int) -> int:
-        """Bytes for a picture of that size in pixels."""
-        return int(self.base + self.per_megapixel * width * height / 1024**2)
+    def of(self, width: int, height: int, reference_tokens: int = 0) -> int:
+        """Bytes for an image of that size in pixels; a reference's token counts as the 16×16
+        pixels of one of the image."""
+        pixels = width * height + reference_tokens * MULTIPLE**2
+        return int(self.base + self.per_megapixel * pixels / 1024**2)
 
 
-SPARING = "sparing"
+LOW_MEMORY = "low_memory"
 PEAKS: dict[str, Peak] = {
     "eager": Peak(0.1 * GB, 2.6 * GB),
     "exact": Peak(0.3 * GB, 1.8 * GB),
     "fast": Peak(0.3 * GB, 1.6 * GB),
     "turbo": Peak(0.3 * GB, 1.6 * GB),
-    SPARING: Peak(0.3 * GB, 0.9 * GB),
+    LOW_MEMORY: Peak(0.3 * GB, 0.9 * GB),
 }
 """By tier, and of a second try after memory ran out: measured with klein-base-9B on an H200 from
 512×512 to 2048×2048 (SPEED.md), rounded up. Smaller models take a little less."""

@@ -21,12 +21,13 @@ _SLOPE = (_MAX_SHIFT - _BASE_SHIFT) / (_MAX_TOKENS - _BASE_TOKENS)
 
 
 def bfl_mu(image_tokens: int, num_inference_steps: int) -> float:
-    """mu of Black Forest Labs' sampler and of diffusers (`compute_empirical_mu`)."""
+    """mu of Black Forest Labs' sampler and, to the bit, of diffusers' `compute_empirical_mu`."""
     at_200 = 0.00016927 * image_tokens + 0.45666666
     if image_tokens > BFL_LIMIT:
         return at_200
     at_10 = 8.73809524e-05 * image_tokens + 1.89833333
-    return at_200 + (at_10 - at_200) * (200 - num_inference_steps) / 190
+    slope = (at_200 - at_10) / 190.0
+    return slope * num_inference_steps + (at_200 - 200.0 * slope)
 
 
 def ai_toolkit_mu(image_tokens: int, num_inference_steps: int = 0) -> float:
@@ -60,7 +61,16 @@ def mu_of(schedule: Schedule, image_tokens: int, num_inference_steps: int) -> fl
 
 
 def sigmas(mu: float, num_inference_steps: int) -> list[float]:
-    """The noise levels of a run, from 1 down to the last one before 0; N values."""
+    """The noise levels of a run, from 1 down to the last one before 0; N values. A run rounds them
+    to float32 as diffusers does (`klein.inference.denoise.noise_levels`)."""
     shift = math.exp(mu)
     grid = (1 - i / num_inference_steps for i in range(num_inference_steps))
     return [shift / (shift + 1 / t - 1) for t in grid]
+
+
+def first_step(num_inference_steps: int, strength: float | None) -> int:
+    """The index of a run's first step: 0 from pure noise, later the less of a start image is to
+    change. At least one step is left for any strength above 0. As diffusers' `get_timesteps`."""
+    if strength is None:
+        return 0
+    return int(max(num_inference_steps - num_inference_steps * strength, 0))

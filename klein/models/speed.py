@@ -52,21 +52,22 @@ class Tier:
 
 
 @dataclass(frozen=True, slots=True)
-class Thrift:
-    """Which steps are computed when not all are: the `first`, every `every`-th after them, and the
-    last. The others carry the velocities on in a straight line through the last two computed."""
+class StepSkipping:
+    """Which steps are computed when not all are: the `first` (two or more), every `every`-th after
+    them, and the last. In the others the velocity is extrapolated linearly over the noise levels,
+    from the last two that were computed."""
 
     first: int
     every: int
 
-    def due(self, step: int, steps: int) -> bool:
+    def computes(self, step: int, steps: int) -> bool:
         """Whether step `step` of `steps`, from 0, is computed."""
         after = step - self.first
         return after < 0 or after % self.every == 0 or step == steps - 1
 
     def computed(self, steps: int) -> int:
         """How many of `steps` are computed."""
-        return sum(self.due(step, steps) for step in range(steps))
+        return sum(self.computes(step, steps) for step in range(steps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class Acceleration:
         return option in self.options
 
 
-THRIFT = Thrift(first=3, every=2)
+STEP_SKIPPING = StepSkipping(first=3, every=2)
 """28 steps become 16: SPEED.md has what others cost."""
 
 OPTIONS: dict[str, Option] = {
@@ -95,7 +96,7 @@ OPTIONS: dict[str, Option] = {
             excludes=("sequential",),
         ),
         Option(
-            "paired",
+            "batched_cfg",
             True,
             "both branches of guidance run as one batch",
             needs=("fused",),
@@ -107,7 +108,7 @@ OPTIONS: dict[str, Option] = {
             excludes=("sequential",),
         ),
         Option(
-            "graphed",
+            "cuda_graph",
             True,
             "the text encoder runs as one CUDA graph",
             excludes=("model", "sequential"),
@@ -123,15 +124,15 @@ OPTIONS: dict[str, Option] = {
             capability=(8, 9),
         ),
         Option(
-            "thrift",
+            "step_skipping",
             False,
-            f"after {THRIFT.first} steps only every other one and the last are computed",
+            f"after {STEP_SKIPPING.first} steps only every other one and the last are computed",
             excludes=("distilled",),
         ),
     )
 }
 
-EXACT = ("fused", "paired", "decoder", "graphed")
+EXACT = ("fused", "batched_cfg", "decoder", "cuda_graph")
 
 TIERS: dict[str, Tier] = {
     row.name: row
@@ -139,7 +140,11 @@ TIERS: dict[str, Tier] = {
         Tier("eager", (), "diffusers as it is"),
         Tier("exact", EXACT, "the same pictures, sooner"),
         Tier("fast", (*EXACT, "float8"), "nearly the same pictures"),
-        Tier("turbo", (*EXACT, "float8", "thrift"), "fewer forwards: pictures differ in detail"),
+        Tier(
+            "turbo",
+            (*EXACT, "float8", "step_skipping"),
+            "fewer forwards: pictures differ in detail",
+        ),
     )
 }
 
@@ -199,8 +204,8 @@ def _obstacle(
             continue
         if device == "cuda" and capability < option.capability:
             return (
-                f"{option.name} needs compute capability {_shown(option.capability)} and the GPU "
-                f"has {_shown(capability)}"
+                f"{option.name} needs compute capability {_dotted(option.capability)} and the GPU "
+                f"has {_dotted(capability)}"
             )
         for excluded in option.excludes:
             if excluded in situation:
@@ -208,5 +213,5 @@ def _obstacle(
     return None
 
 
-def _shown(capability: Capability) -> str:
+def _dotted(capability: Capability) -> str:
     return ".".join(map(str, capability))

@@ -29,7 +29,7 @@ def encode(image: "Image", fmt: OutputFormat, quality: int, text: str) -> bytes:
     elif fmt.name == "jpeg":
         image.save(out, "JPEG", quality=quality, subsampling=0, exif=_exif(text))
     else:
-        image.save(out, "WEBP", quality=quality, lossless=quality == 100, exif=_exif(text))
+        image.save(out, "WEBP", quality=quality, lossless=fmt.is_exact(quality), exif=_exif(text))
     return out.getvalue()
 
 

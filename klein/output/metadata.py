@@ -7,10 +7,11 @@ are, so that no prompt can be mistaken for something else.
 
 import json
 import re
+from dataclasses import asdict
 from typing import Any
 
 from klein import __version__
-from klein.core import Delivery, GeneratedImage, GenerationResult
+from klein.core import Delivery, GeneratedImage, GenerationParams, GenerationResult, InputInfo
 from klein.errors import InvalidRequest
 from klein.models.samplers import SAMPLERS
 from klein.request.schema import GenerateRequest
@@ -30,9 +31,14 @@ _AS_IS = (
     "sampler",
     "schedule",
     "max_sequence_length",
+    "reference_megapixels",
+    "strength",
+    "mask_feather",
+    "mask_padding",
 )
 _DELIVERY = ("output_format", "output_quality")
 """What the file's own bytes depend on; whether it is sent or linked to is not among it."""
+_PICTURES = ("images", "init_image", "mask")
 _IN_REPORT = (
     "path",
     "scale",
@@ -57,6 +63,7 @@ def to_text(result: GenerationResult, image: GeneratedImage, delivery: Delivery)
     own: dict[str, Any] = {name: getattr(params, name) for name in _AS_IS}
     own |= {name: len(getattr(params, name)) for name in _IN_TEXT}
     own |= {"seed": image.seed, "num_images": 1}
+    own |= _inputs(params)
     own |= {name: getattr(delivery, name) for name in _DELIVERY}
     applied = [report for report in result.loras if report.applied]
     own["loras"] = [
@@ -75,7 +82,7 @@ def to_text(result: GenerationResult, image: GeneratedImage, delivery: Delivery)
         "Schedule type": params.schedule,
         "CFG scale": params.guidance_scale,
         "Seed": image.seed,
-        "Size": f"{params.width}x{params.height}",
+        "Size": f"{image.image.width}x{image.image.height}",
         "Model": result.model.spec.name,
         "Speed": result.model.speed,
         "Lora hashes": _quote(", ".join(f"{x.path}: {(x.sha256 or '')[:12]}" for x in applied)),
@@ -89,19 +96,57 @@ def to_text(result: GenerationResult, image: GeneratedImage, delivery: Delivery)
 
 
 def from_text(text: str) -> GenerateRequest:
-    """The request that draws the picture again; raises InvalidRequest for a foreign text."""
-    hit = _OWN.search(text)
-    if hit is None:
-        raise InvalidRequest("these parameters were not written by klein")
+    """The request that draws the picture again; raises InvalidRequest for a foreign text.
+
+    The caller's pictures are not in the text: `inputs_of` names those that belong to it.
+    """
+    own = _own(text)
     try:
-        own = json.loads(json.loads(hit[1]))
-        own.pop("lora_reports", None)  # for people; the picture is drawn from the rest
+        for name in ("lora_reports", *_PICTURES):
+            own.pop(name, None)
         start = own["prompt"] + len(_NEGATIVE)
         own["negative_prompt"] = text[start : start + own["negative_prompt"]]
         own["prompt"] = text[: own["prompt"]]
         return GenerateRequest.model_validate(own)
     except (ValueError, KeyError, TypeError) as error:
-        raise InvalidRequest("the parameters in this picture are damaged") from error
+        raise _damaged() from error
+
+
+def inputs_of(text: str) -> dict[str, InputInfo]:
+    """The pictures that a picture was made of, by field: images.0, init_image, mask."""
+    own = _own(text)
+    try:
+        named = {f"images.{n}": each for n, each in enumerate(own.get("images") or ())}
+        named |= {name: own[name] for name in _PICTURES[1:] if own.get(name)}
+        return {field: InputInfo(**each) for field, each in named.items()}
+    except (TypeError, AttributeError) as error:
+        raise _damaged() from error
+
+
+def _own(text: str) -> dict[str, Any]:
+    """klein's own JSON."""
+    hit = _OWN.search(text)
+    if hit is None:
+        raise InvalidRequest("these parameters were not written by klein")
+    try:
+        own: dict[str, Any] = json.loads(json.loads(hit[1]))
+        return dict(own)
+    except (ValueError, TypeError) as error:
+        raise _damaged() from error
+
+
+def _damaged() -> InvalidRequest:
+    return InvalidRequest("the parameters in this picture are damaged")
+
+
+def _inputs(params: GenerationParams) -> dict[str, Any]:
+    """The caller's pictures by sha256 and size, and what they are extended by."""
+    return {
+        "images": [asdict(each) for each in params.images],
+        "init_image": asdict(params.init_image) if params.init_image else None,
+        "mask": asdict(params.mask) if params.mask else None,
+        "extend": asdict(params.extend) if params.extend else None,
+    }
 
 
 def _quote(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,11 +21,18 @@ ENVELOPE_BYTES = 100_000
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """One image as a file."""
+    """One image as a file; `unchanged_pixels` is left out of formats that change them."""
 
     seed: int
     data: bytes
     mime_type: str
+    width: int
+    height: int
+    unchanged_pixels: int | None = None
+
+
+Place = Callable[[int, EncodedImage], dict[str, str]]
+"""Puts an image where it is to be found, given its number from 0: {"base64": …} or {"url": …}."""
 
 
 def encode(result: GenerationResult, delivery: Delivery) -> list[EncodedImage]:
@@ -40,6 +48,8 @@ def encode(result: GenerationResult, delivery: Delivery) -> list[EncodedImage]:
                 metadata.to_text(result, image, delivery),
             ),
             fmt.mime_type,
+            *image.image.size,
+            image.unchanged_pixels if fmt.is_exact(delivery.output_quality) else None,
         )
         for image in result.images
     ]
@@ -126,6 +136,11 @@ def parameters_json(params: GenerationParams, delivery: Delivery) -> dict[str, A
     return {**asdict(params), "loras": loras, **asdict(delivery)}
 
 
+def inline(_: int, image: EncodedImage) -> dict[str, str]:
+    """An image in the answer itself."""
+    return {"base64": base64.b64encode(image.data).decode()}
+
+
 def _answer(
     result: GenerationResult,
     delivery: Delivery,
@@ -133,9 +148,26 @@ def _answer(
     bucket: Bucket | None,
 ) -> dict[str, Any]:
     require_bucket(delivery.return_type, bucket)
+    if delivery.return_type != "url" or bucket is None:
+        return answer(result, delivery, encoded, inline)
+    extension = FORMATS[delivery.output_format].extension
+
+    def put(number: int, image: EncodedImage) -> dict[str, str]:
+        key = f"klein/{result.id}/{number}.{extension}"
+        return {"url": bucket.put(key, image.data, image.mime_type)}
+
+    return answer(result, delivery, encoded, put)
+
+
+def answer(
+    result: GenerationResult, delivery: Delivery, encoded: list[EncodedImage], place: Place
+) -> dict[str, Any]:
+    """All there is to know about a result, with its images where `place` puts them."""
     return {
         "id": result.id,
-        "images": _deliver(result, delivery, encoded, bucket),
+        "images": [
+            {**_image_json(image), **place(number, image)} for number, image in enumerate(encoded)
+        ],
         "parameters": {
             **parameters_json(result.params, delivery),
             "mu": result.mu,
@@ -149,29 +181,18 @@ def _answer(
     }
 
 
-def _deliver(
-    result: GenerationResult,
-    delivery: Delivery,
-    encoded: list[EncodedImage],
-    bucket: Bucket | None,
-) -> list[dict[str, Any]]:
-    entries = []
-    for number, image in enumerate(encoded):
-        entry: dict[str, Any] = {
-            "seed": image.seed,
-            "mime_type": image.mime_type,
-            "width": result.params.width,
-            "height": result.params.height,
-            "bytes": len(image.data),
-            "sha256": hashlib.sha256(image.data).hexdigest(),
-        }
-        if delivery.return_type == "url" and bucket is not None:
-            key = f"klein/{result.id}/{number}.{FORMATS[delivery.output_format].extension}"
-            entry["url"] = bucket.put(key, image.data, image.mime_type)
-        else:
-            entry["base64"] = base64.b64encode(image.data).decode()
-        entries.append(entry)
-    return entries
+def _image_json(image: EncodedImage) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        "seed": image.seed,
+        "mime_type": image.mime_type,
+        "width": image.width,
+        "height": image.height,
+        "bytes": len(image.data),
+        "sha256": hashlib.sha256(image.data).hexdigest(),
+    }
+    if image.unchanged_pixels is not None:
+        told["unchanged_pixels"] = image.unchanged_pixels
+    return told
 
 
 def _wire_size(encoded: list[EncodedImage]) -> float:

@@ -5,21 +5,27 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class OutputFormat:
-    """How a picture is written. `quality` is False for formats that ignore `output_quality`."""
+    """How a picture is written. `quality` is False for formats that ignore `output_quality`;
+    `exact_from` is the least quality that keeps every pixel, above 100 if none does."""
 
     name: str
     mime_type: str
     extension: str
     quality: bool
+    exact_from: int
     note: str
+
+    def is_exact(self, quality: int) -> bool:
+        """Whether every pixel comes back as it was."""
+        return quality >= self.exact_from
 
 
 FORMATS: dict[str, OutputFormat] = {
     row.name: row
     for row in (
-        OutputFormat("png", "image/png", "png", False, "exact; the largest"),
-        OutputFormat("jpeg", "image/jpeg", "jpg", True, "small; opens everywhere"),
-        OutputFormat("webp", "image/webp", "webp", True, "smaller still; 100 is lossless"),
+        OutputFormat("png", "image/png", "png", False, 1, "exact; the largest"),
+        OutputFormat("jpeg", "image/jpeg", "jpg", True, 101, "small; opens everywhere"),
+        OutputFormat("webp", "image/webp", "webp", True, 100, "smaller still; 100 is lossless"),
     )
 }
 

@@ -28,6 +28,8 @@ PRESETS: dict[str, Preset] = {
         Preset("cinematic_full", "wide scenes", 28, 3.5, 1536, 1024),
         Preset("fast_preview", "trying prompts", 15, 3.0, 1024, 1024),
         Preset("maximum_quality", "final pictures", 50, 3.5, 1024, 1024),
+        Preset("edit", "editing, as fal's endpoint for base models runs", 28, 5.0, 1024, 1024),
+        Preset("edit_fast", "editing, as ComfyUI's template runs", 20, 5.0, 1024, 1024),
         Preset(
             "match_training_preview",
             "looks like the samples of ai-toolkit",

@@ -10,17 +10,28 @@ from klein.errors import InvalidRequest
 from klein.lora.spec import LoraSpec
 from klein.models import sizes
 from klein.models.catalog import ModelSpec
+from klein.models.sizes import Size
+from klein.request import edit
+from klein.request.edit import InputSources
+from klein.request.formats import FORMATS
 from klein.request.presets import DEFAULT_PRESET, PRESETS, Preset
 from klein.request.schema import MAX_LORAS, SCALE_RANGE, GenerateRequest
 
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What will be drawn, how it leaves, and a sentence for each thing that was changed."""
+    """What will be drawn, how it leaves, a sentence for each thing that was changed, and the
+    pictures that are to be read first; without any, the parameters are settled but for LoRAs."""
 
     params: GenerationParams
     delivery: Delivery
     warnings: tuple[str, ...]
+    inputs: InputSources | None = None
+
+    @property
+    def needs_preparing(self) -> bool:
+        """Whether files must be fetched or read before it can be drawn."""
+        return bool(self.params.loras) or self.inputs is not None
 
 
 def resolve(
@@ -31,7 +42,8 @@ def resolve(
     prompt_loras: bool = False,
 ) -> Resolved:
     """Fill what `request` leaves open: its own values first, then a distilled model's, then the
-    preset's. Raises InvalidRequest for a size no picture can have.
+    preset's. Raises InvalidRequest for a size no picture can have, and for fields that do not go
+    together.
 
     With `prompt_loras`, `<lora:name:0.8>` in the prompt is a LoRA and is taken out of it.
     """
@@ -41,7 +53,14 @@ def resolve(
     loras = (*_loras(request, warnings), *named)
     if len(loras) > MAX_LORAS:
         raise InvalidRequest(f"loras: {len(loras)} are too many, {MAX_LORAS} are the most")
-    width, height = _size(request, preset, model, warnings)
+    edit.check_combination(request)
+    own = sizes.scale_to(preset.width, preset.height, model.native_size)
+    sources = edit.sources(request, own[0] * own[1], model)
+    width, height = size = (_first(request.width, own[0]), _first(request.height, own[1]))
+    if sources is None or sources.named_size:
+        field = "height" if request.width is None else "width"
+        (width, height), told = fit_size(size, model, field)
+        warnings += told
     params = GenerationParams(
         prompt=prompt,
         negative_prompt=request.negative_prompt or "",
@@ -59,23 +78,28 @@ def resolve(
         sampler=_first(request.sampler, preset.sampler),
         schedule=_first(request.schedule, preset.schedule),
         max_sequence_length=_sequence(request, preset, model, warnings),
+        **edit.settings(request),
     )
     delivery = Delivery(request.output_format, request.output_quality, request.return_type)
-    return Resolved(params, delivery, tuple(warnings))
+    exact = FORMATS[delivery.output_format].is_exact(delivery.output_quality)
+    if params.mask_feather is not None and not exact:
+        warnings.append(
+            f"{delivery.output_format} changes pixels everywhere a little: with png, those outside "
+            "the mask stay as they are"
+        )
+    return Resolved(params, delivery, tuple(warnings), sources)
 
 
 def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
-def _size(
-    request: GenerateRequest, preset: Preset, model: ModelSpec, warnings: list[str]
-) -> tuple[int, int]:
-    own = sizes.scale_to(preset.width, preset.height, model.native_size)
-    asked = (_first(request.width, own[0]), _first(request.height, own[1]))
+def fit_size(asked: Size, model: ModelSpec, field: str) -> tuple[Size, list[str]]:
+    """The size that is drawn for one asked for, and a sentence for what that means; raises
+    InvalidRequest for `field`."""
+    warnings = []
     size = (sizes.nearest(asked[0]), sizes.nearest(asked[1]))
     if why := sizes.fault(*asked) or sizes.fault(*size):
-        field = "height" if request.width is None else "width"
         raise InvalidRequest(f"{field}: {why}", field=field)
     if size != asked:
         warnings.append(
@@ -87,7 +111,7 @@ def _size(
             f"{size[0]}×{size[1]} is far above {model.native_size}×{model.native_size}, "
             f"which {model.name} was trained on: shapes can break"
         )
-    return size
+    return size, warnings
 
 
 def _guidance(

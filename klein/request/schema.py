@@ -19,6 +19,7 @@ from klein.errors import InvalidRequest, unknown
 from klein.models.samplers import DEFAULT_SAMPLER, SAMPLERS
 from klein.models.schedule import MU_RANGE, SCHEDULES
 from klein.request import formats, presets
+from klein.request.images import MAX_IMAGES, MAX_TEXT
 
 MAX_LORAS = 8
 SCALE_RANGE = (-4.0, 4.0)
@@ -127,6 +128,19 @@ class LoraRequest(_Strict):
     )
 
 
+class ExtendRequest(_Strict):
+    """Pixels that the init image grows by on each side."""
+
+    left: Integer = Field(0, ge=0, le=4096)
+    right: Integer = Field(0, ge=0, le=4096)
+    top: Integer = Field(0, ge=0, le=4096)
+    bottom: Integer = Field(0, ge=0, le=4096)
+
+
+InputSource = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+"""A caller's picture: an https address, a data URI or base64."""
+
+
 class GenerateRequest(_Strict):
     """A picture to make. Fields left out or null are filled by the preset or the model."""
 
@@ -170,6 +184,40 @@ class GenerateRequest(_Strict):
     max_sequence_length: Integer | None = Field(
         None, ge=16, le=512, description="prompt tokens read; part of a picture's identity"
     )
+    images: list[InputSource] = Field(
+        [],
+        max_length=MAX_IMAGES,
+        description="references, which the prompt calls image 1, image 2, …: each an https "
+        "address, a data URI or base64 of a PNG, JPEG or WebP",
+    )
+    reference_megapixels: Number | None = Field(
+        None, ge=0.0625, le=4, description="the most a reference is used at; 1 if left out"
+    )
+    init_image: InputSource | None = Field(
+        None, description="a picture to vary, or with mask or extend to repaint in part"
+    )
+    strength: Number | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="how far to go from init_image; 0.8 if left out, 1 when repainting",
+    )
+    mask: InputSource | None = Field(
+        None,
+        description="what to repaint of init_image: white, or where it has alpha, transparent",
+    )
+    mask_feather: Integer | None = Field(
+        None, ge=0, le=256, description="pixels inside the mask that blend; 8 if left out"
+    )
+    mask_padding: Integer | None = Field(
+        None,
+        ge=0,
+        le=4096,
+        description="draw only the mask and so many pixels around it; all if left out",
+    )
+    extend: ExtendRequest | None = Field(
+        None, description="pixels to add to init_image: left, right, top, bottom"
+    )
     output_format: FormatName = Field(  # type: ignore[valid-type]
         formats.DEFAULT_FORMAT, description="picture format"
     )
@@ -198,12 +246,12 @@ def parse(data: Any) -> GenerateRequest:
     try:
         return GenerateRequest.model_validate(data)
     except ValidationError as error:
-        raise first_error(error.errors(include_url=False, include_input=False)) from error
+        raise invalid(error.errors(include_url=False, include_input=False)) from error
 
 
-def first_error(errors: Sequence[Any]) -> InvalidRequest:
-    """The first of pydantic's errors as klein's, naming the field and how many more there are."""
-    field = ".".join(str(part) for part in errors[0]["loc"] if part != "body")
+def invalid(errors: Sequence[Any]) -> InvalidRequest:
+    """pydantic's list of errors as one that names the first field and counts the others."""
+    field = ".".join(str(part) for part in errors[0]["loc"])
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    message = f"{field}: {errors[0]['msg']}{more}" if field else f"{errors[0]['msg']}{more}"
-    return InvalidRequest(message, field=field or None)
+    message = f"{errors[0]['msg']}{more}"
+    return InvalidRequest(f"{field}: {message}" if field else message, field=field or None)

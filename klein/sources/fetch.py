@@ -29,7 +29,14 @@ OnBytes = Callable[[int, int | None], None]
 
 
 class FetchFailed(Exception):
-    """One sentence on why nothing was fetched; it names the host, never the whole address."""
+    """One sentence on why nothing was fetched; it names the host, never the whole address.
+
+    `retryable` is for faults of the network, which may be gone the next time.
+    """
+
+    def __init__(self, message: str, *, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.retryable = retryable
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,20 @@ class Fetcher:
             return json.loads(body)
         except ValueError as error:
             raise FetchFailed(f"{_host(url)} did not answer with JSON") from error
+
+    def read(self, url: str, max_bytes: int, on_bytes: OnBytes) -> bytes:
+        """A small file of at most `max_bytes`, in memory; raises FetchFailed."""
+        body = bytearray()
+        with self._open(url, {}) as response:
+            answer = {name.lower(): value for name, value in response.headers}
+            length = answer.get(b"content-length", b"")
+            total = int(length) if length.isdigit() else None
+            for chunk in response.iter_stream():
+                body += chunk
+                if max(len(body), total or 0) > max_bytes:
+                    raise FetchFailed(f"{_host(url)} offers more than {max_bytes} bytes")
+                on_bytes(len(body), total)
+        return bytes(body)
 
     def download(self, url: str, part: Path, headers: Mapping[str, str], on_bytes: OnBytes) -> None:
         """Fetch `url` into `part`, going on where an earlier attempt with the same tag stopped.
@@ -99,11 +120,56 @@ class Fetcher:
                         return
                 except (httpcore.NetworkError, httpcore.TimeoutException) as error:
                     raise FetchFailed(
-                        f"{_host(url)} cannot be reached ({type(error).__name__})"
+                        f"{_host(url)} cannot be reached ({type(error).__name__})",
+                        retryable=True,
                     ) from error
                 except httpcore.ProtocolError as error:
-                    raise FetchFailed(f"{_host(url)} broke off; try again") from error
+                    raise FetchFailed(
+                        f"{_host(url)} broke off; try again", retryable=True
+                    ) from error
             raise FetchFailed(f"{_host(url)} redirects without end")
+
+    def require_allowed(self, url: str) -> None:
+        """Raise FetchFailed for an address that says itself that it is never asked."""
+        self._check_scheme(url)
+        parts = urlsplit(url)
+        try:
+            public = is_public(parts.hostname or "")
+        except ValueError:  # a name, which is looked up when it is asked
+            return
+        if not public and not {parts.hostname, parts.netloc} & self.own_hosts:
+            raise FetchFailed(f"{_host(url)} is inside this network and is not asked")
+
+    def post(self, url: str, body: bytes, headers: Mapping[str, str], deadline: float) -> int:
+        """The status with which a POST is answered; redirects are not followed.
+
+        `deadline` is on the clock of time.monotonic. Raises FetchFailed for a host that is never
+        asked, and ConnectionError for one that cannot be reached.
+        """
+        self.require_allowed(url)
+        left = max(0.1, deadline - time.monotonic())
+        timeouts = {name: min(seconds, left) for name, seconds in TIMEOUTS.items()}
+        sent = {"user-agent": "klein", **headers}
+        try:
+            with (
+                httpcore.ConnectionPool(network_backend=_Guard(self.own_hosts)) as pool,
+                pool.stream(
+                    "POST",
+                    url,
+                    headers=list(sent.items()),
+                    content=body,
+                    extensions={"timeout": timeouts},
+                ) as response,
+            ):
+                return response.status
+        except (
+            httpcore.NetworkError,
+            httpcore.TimeoutException,
+            httpcore.ProtocolError,
+        ) as error:
+            raise ConnectionError(
+                f"{_host(url)} cannot be reached ({type(error).__name__})"
+            ) from error
 
     def _check_scheme(self, url: str) -> None:
         parts = urlsplit(url)
@@ -180,7 +246,10 @@ def _check_status(url: str, status: int) -> None:
     if status in (401, 403):
         raise FetchFailed(f"{_host(url)} wants a token, or another one (status {status})")
     if status not in (200, 206):
-        raise FetchFailed(f"{_host(url)} answered with status {status}")
+        raise FetchFailed(
+            f"{_host(url)} answered with status {status}",
+            retryable=status in (408, 429) or status >= 500,
+        )
 
 
 def _host(url: str) -> str:

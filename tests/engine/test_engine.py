@@ -254,3 +254,30 @@ def test_what_was_admitted_finds_a_place(engine: Engine, fake: fakes.FakePipelin
     fake.gate.set()
     assert late.result(5)
     assert fake.drawn[-1] == "late"
+
+
+def test_the_queue_can_be_watched(engine: Engine, fake: fakes.FakePipeline) -> None:
+    """Who is drawn since when and who waits in which order, told anew at each change."""
+    heard: list[tuple[bool, int]] = []
+
+    def listen() -> None:
+        queue = engine.queue()
+        heard.append((queue.running is not None, len(queue.waiting)))
+
+    engine.on_change(listen)
+    fake.gate.clear()
+    jobs = [fakes.job(prompt=str(n)) for n in range(3)]
+    before = time.monotonic()
+    first = engine.submit(jobs[0])
+    fake.started.wait(5)
+    last = [engine.submit(job) for job in jobs[1:]][-1]
+    queue = engine.queue()
+    assert (queue.running, queue.waiting) == (jobs[0], (jobs[1], jobs[2]))
+    assert before <= queue.started <= time.monotonic()
+    engine.cancel(jobs[1])
+    assert engine.queue().waiting == (jobs[2],)
+    assert heard[-3:] == [(True, 1), (True, 2), (True, 1)]
+    fake.gate.set()
+    for future in (first, last):
+        future.result(5)
+    assert heard[-1] == (True, 0)

@@ -1,24 +1,29 @@
-import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
+import torch
 
-from klein.core import GenerationResult, Job
-from klein.inference import assemble as assembly
+from klein.app.prepare import prepare
+from klein.core import GenerationResult, Job, RequestContext
+from klein.inference import assemble
 from klein.inference.pipeline import KleinPipeline
 from klein.lora.library import LoraLibrary
-from klein.models import plan as preflight
 from klein.models.machine import Machine
+from klein.models.plan import Plan, plan
 from klein.request.resolve import resolve
 from klein.request.schema import parse
 from klein.settings import Settings
+from klein.sources.fetch import Fetcher
 from tests import tiny
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 Draw = Callable[..., GenerationResult]
+
+_LIBRARIES: WeakKeyDictionary[KleinPipeline, LoraLibrary] = WeakKeyDictionary()
+"""The LoRAs that the jobs of a loaded pipeline may name."""
 
 
 @pytest.fixture(scope="session")
@@ -32,11 +37,27 @@ def lora_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("loras")
 
 
-def load(folder: Path | str, loras: Path | None = None, **settings: str) -> KleinPipeline:
-    """The real loading path, as every door takes it."""
+def planned(folder: Path | str, **settings: str) -> tuple[Plan, Settings]:
+    """What the app would load with these settings on this machine."""
     chosen = Settings.from_env({"MODEL_ID": str(folder), **settings})
-    plan = preflight.plan(chosen, Machine.probe({}))
-    return assembly.load(plan, chosen, LoraLibrary(loras, None))
+    return plan(chosen, Machine.probe({})), chosen
+
+
+def load(
+    folder: Path | str,
+    loras: Path | None = None,
+    dtype: torch.dtype | None = None,
+    **settings: str,
+) -> KleinPipeline:
+    """The real loading path, as every entrypoint takes it."""
+    pipe = assemble.load(*planned(folder, **settings), dtype=dtype)
+    return with_loras(pipe, loras)
+
+
+def with_loras(pipe: KleinPipeline, loras: Path | None) -> KleinPipeline:
+    """`pipe`, whose jobs may name the LoRAs in `loras`."""
+    _LIBRARIES[pipe] = LoraLibrary(loras, None)
+    return pipe
 
 
 def drawer(pipe: KleinPipeline) -> Draw:
@@ -48,14 +69,18 @@ def drawer(pipe: KleinPipeline) -> Draw:
     return draw
 
 
-def make_job(pipe: KleinPipeline, seconds: float = 60, **values: Any) -> Job:
-    import time
-
+def make_job(pipe: KleinPipeline, context: RequestContext | None = None, **values: Any) -> Job:
+    """A job as the app makes it: resolved, then prepared."""
     defaults = {"prompt": "a portrait", "seed": 1, "num_inference_steps": 2}
     if pipe.info.spec.name != "nano":
         defaults |= {"width": 64, "height": 64, "max_sequence_length": 64}
     resolved = resolve(parse({**defaults, **values}), pipe.info.spec, lambda: 1)
-    return Job(resolved.params, time.monotonic() + seconds, resolved.warnings)
+    return prepare(resolved, context or context_of(), _LIBRARIES[pipe], Fetcher())
+
+
+def context_of(seconds: float = 60, **values: Any) -> RequestContext:
+    """A context whose deadline is `seconds` from now."""
+    return RequestContext(time.monotonic() + seconds, **values)
 
 
 @pytest.fixture(scope="session")

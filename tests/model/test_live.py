@@ -1,4 +1,4 @@
-"""The doors as real processes on the built-in model, and README's lines as printed."""
+"""The doors as real processes on the built-in model, and the pages' lines as printed."""
 
 import base64
 import http.client
@@ -18,7 +18,7 @@ from PIL import Image
 
 from klein.output.images import read_text
 from tests import servers
-from tests.support import live
+from tests.support import docs, live
 
 JOB = json.loads((live.ROOT / "test_input.json").read_text())
 QUICK = {"prompt": "a portrait", "seed": 1, "num_inference_steps": 3}
@@ -106,15 +106,10 @@ def _until(condition: Any) -> None:
     raise AssertionError("it never came")
 
 
-def _blocks(language: str) -> list[str]:
-    readme = (live.ROOT / "README.md").read_text()
-    return re.findall(rf"```{language}\n(.*?)```", readme, re.DOTALL)
-
-
-def test_readmes_lines_run_as_printed(url: str, home: Path, tmp_path: Path) -> None:
+def test_the_pages_lines_run_as_printed(url: str, home: Path, tmp_path: Path) -> None:
     """Every curl and command line in a `bash` block, but for `make` itself and the port."""
     (tmp_path / "test_input.json").write_text(json.dumps(JOB))
-    script = "\n".join(_blocks("bash")).replace("http://localhost:3000", url)
+    script = "\n".join(docs.runnable("bash")).replace("http://localhost:3000", url)
     script = script.replace("localhost:3000", url.removeprefix("http://"))
     lines = re.sub(r"^make .*$", "", script, flags=re.MULTILINE).replace(".venv/bin/", "")
     assert lines.count("curl") >= 3
@@ -130,9 +125,9 @@ def test_readmes_lines_run_as_printed(url: str, home: Path, tmp_path: Path) -> N
         assert "Negative prompt" in read_text(picture.read_bytes()), picture
 
 
-def test_readmes_python_client_runs_as_printed(url: str, home: Path, tmp_path: Path) -> None:
+def test_the_pages_python_client_runs_as_printed(url: str, home: Path, tmp_path: Path) -> None:
     """The BentoML client gets a PIL image, and JSON."""
-    for block in _blocks("python"):
+    for block in docs.runnable("python"):
         code = block.replace("http://localhost:3000", url)
         env = live.environment(home)
         run = subprocess.run(

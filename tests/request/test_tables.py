@@ -11,12 +11,15 @@ PROMISED = {
     "cinematic_full": (28, 3.5, 1536, 1024, "bfl"),
     "fast_preview": (15, 3.0, 1024, 1024, "bfl"),
     "maximum_quality": (50, 3.5, 1024, 1024, "bfl"),
+    "edit": (28, 5.0, 1024, 1024, "bfl"),
+    "edit_fast": (20, 5.0, 1024, 1024, "bfl"),
     "match_training_preview": (30, 4.0, 1024, 1024, "ai_toolkit"),
 }
 
 
 def test_presets_keep_their_numbers() -> None:
-    """The first worker's presets, and the one that matches training previews."""
+    """The first worker's presets, the one that matches training previews, and two for editing
+    with the numbers that fal and ComfyUI publish for base models."""
     rows = {
         p.name: (p.num_inference_steps, p.guidance_scale, p.width, p.height, p.schedule)
         for p in PRESETS.values()

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,14 @@ class FakePipeline:
                 )
                 _preview(job, step + 1, image + 1)
         self.drawn.append(params.prompt)
-        return result(params, job.context.id, job.warnings, noise=self.noise)
+        drawn = result(params, job.context.id, job.warnings, noise=self.noise)
+        return replace(drawn, images=tuple(_put_back(each, job) for each in drawn.images))
+
+
+def _put_back(drawn: GeneratedImage, job: Job) -> GeneratedImage:
+    if job.inputs.repaint is None:
+        return drawn
+    return GeneratedImage(drawn.seed, *job.inputs.repaint.put_back(drawn.image))
 
 
 def _preview(job: Job, step: int, image: int) -> None:

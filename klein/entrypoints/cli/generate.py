@@ -2,6 +2,8 @@
 
 import argparse
 import asyncio
+import base64
+import hashlib
 import json
 import os
 import sys
@@ -12,13 +14,17 @@ from tqdm import tqdm
 
 from klein.app import build
 from klein.app.generator import Generated, Generator
-from klein.core import Progress
+from klein.core import InputInfo, Progress
 from klein.entrypoints.cli.exit_codes import OK
 from klein.errors import InvalidRequest
+from klein.models import schedule
 from klein.output import images, metadata, response
+from klein.request import images as inputs
 from klein.request.formats import FORMAT_ALIASES, FORMATS
 from klein.request.schema import GenerateRequest, parse
 from klein.settings import Settings
+
+JSON_FIELDS = ("loras", "images", "extend")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +41,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="PATH[:SCALE]",
         help="a LoRA, as often as wanted: zibbo.safetensors:0.8",
     )
+    parser.add_argument(
+        "--image",
+        action="append",
+        metavar="PATH",
+        help="a reference, a file or an address, as often as wanted",
+    )
     properties = GenerateRequest.model_json_schema()["properties"]
     for name, field in fields.items():
         if name != "prompt":
-            placeholder = "JSON" if name == "loras" else name.split("_")[-1].upper()
+            placeholder = "JSON" if name in JSON_FIELDS else name.split("_")[-1].upper()
             flag = "--" + name.replace("_", "-")
             text = f"{field.description}{_choices(properties[name])}"
             parser.add_argument(flag, dest=name, metavar=placeholder, help=text)
@@ -98,17 +110,21 @@ def _value(name: str, text: str, schema: dict[str, Any]) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        if name != "loras":
+        if name not in JSON_FIELDS:
             return text  # refused by the request, with its bounds
-        raise InvalidRequest("loras: not JSON; --lora PATH:SCALE is simpler") from error
+        simpler = {"loras": "--lora PATH:SCALE is simpler", "images": "--image PATH is simpler"}
+        way_out = simpler.get(name, """write '{"left": 256}'""")
+        raise InvalidRequest(f"{name}: not JSON; {way_out}", field=name) from error
 
 
 def _request(args: argparse.Namespace) -> GenerateRequest:
     """The image named by --like, then the flags, then the format that the file's name says."""
     values: dict[str, Any] = {}
+    recorded: dict[str, InputInfo] = {}
     if args.like:
-        like = metadata.from_text(images.read_text(read_bytes(args.like)))
-        values = like.model_dump(exclude_none=True)
+        text = images.read_text(read_bytes(args.like))
+        values = metadata.from_text(text).model_dump(exclude_none=True)
+        recorded = metadata.inputs_of(text)
     flags, properties = vars(args), GenerateRequest.model_json_schema()["properties"]
     given = {
         name: _value(name, flags[name], schema)
@@ -117,10 +133,59 @@ def _request(args: argparse.Namespace) -> GenerateRequest:
     }
     if args.lora:
         given["loras"] = [*given.get("loras", []), *map(parse_lora, args.lora)]
+    if args.image:
+        given["images"] = [*given.get("images", []), *args.image]
+    _read_pictures(given)
     given["output_format"] = _format(args.output, given.get("output_format"))
     if "prompt" not in values | given:
         raise InvalidRequest("prompt: say what to draw", field="prompt")
-    return parse(values | given)
+    request = parse(values | given)
+    _compare(args.like, recorded, request)
+    return request
+
+
+def _read_pictures(given: dict[str, Any]) -> None:
+    """Put the bytes of local files in the place of their paths."""
+    for name in ("init_image", "mask"):
+        if name in given:
+            given[name] = _source(name, given[name])
+    if isinstance(named := given.get("images"), list):
+        given["images"] = [_source(f"images.{n}", str(each)) for n, each in enumerate(named)]
+
+
+def _source(field: str, text: str) -> str:
+    """An address or a data URI as it is; a file as base64."""
+    if inputs.is_address(text) or text.startswith("data:"):
+        return text
+    path = Path(text)
+    if path.is_file() and path.stat().st_size > inputs.MAX_BYTES:
+        raise InvalidRequest(f"{field}: {path} has more than {inputs.MAX_BYTES} bytes", field=field)
+    return base64.b64encode(read_bytes(path)).decode()
+
+
+def _compare(like: Path, recorded: dict[str, InputInfo], request: GenerateRequest) -> None:
+    """Refuse to draw again without the pictures that it was made of; warn of other ones."""
+    pictures = {f"images.{n}": source for n, source in enumerate(request.images)}
+    pictures |= {"init_image": request.init_image or "", "mask": request.mask or ""}
+    missing = [field for field in recorded if not pictures.get(field)]
+    if missing:
+        named = ", ".join(_describe(field, recorded[field]) for field in missing)
+        raise InvalidRequest(
+            f"{like.name} was made of pictures that are not inside it; give {named}",
+            field=missing[0],
+        )
+    for field, info in recorded.items():
+        source = pictures[field]
+        if inputs.is_address(source):
+            print(f"note: {field} is an address, which was not compared", file=sys.stderr)
+        elif hashlib.sha256(inputs.from_text(source, field)).hexdigest() != info.sha256:
+            print(f"note: {field} is not the picture {like.name} was made of", file=sys.stderr)
+
+
+def _describe(field: str, info: InputInfo) -> str:
+    name, _, index = field.partition(".")
+    flag = f"--image (image {int(index) + 1})" if index else "--" + name.replace("_", "-")
+    return f"{flag}: {info.width}×{info.height}, sha256 {info.sha256[:12]}…"
 
 
 def _format(output: Path, asked: str | None) -> str:
@@ -137,8 +202,9 @@ def _format(output: Path, asked: str | None) -> str:
 
 def _run(generator: Generator, request: GenerateRequest) -> Generated:
     params = generator.resolve(request).params
-    steps = params.num_inference_steps * params.num_images
-    print(f"drawing {params.width}×{params.height} in {steps} steps", file=sys.stderr)
+    skipped = schedule.first_step(params.num_inference_steps, params.strength)
+    steps = (params.num_inference_steps - skipped) * params.num_images
+    print(f"drawing in {steps} steps", file=sys.stderr)
     bar = tqdm(total=steps, unit="step", leave=False, disable=None)
 
     def on_progress(progress: Progress) -> None:

@@ -1,17 +1,18 @@
 """The FastAPI app beside BentoML's own routes; it runs without BentoML too."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from klein import __version__
 from klein.app.generator import Generator
-from klein.entrypoints.http import catalog, generate, loras
+from klein.app.jobs import JobRegistry
+from klein.app.webhooks import Webhooks
+from klein.entrypoints.http import catalog, errors, generate, jobs, loras
 from klein.entrypoints.http.auth import RequireKey, read_keys
-from klein.entrypoints.http.errors import on_http, on_invalid
 from klein.entrypoints.http.limits import MB, LimitRequests
 from klein.settings import Settings
 
@@ -21,18 +22,29 @@ Middleware = tuple[Any, dict[str, Any]]
 
 def create_app() -> FastAPI:
     """The app; it answers for a generator once `connect` has given it one."""
-    app = FastAPI(title="klein", version=__version__, docs_url=None, redoc_url=None)
-    for router in (generate.router, catalog.router, loras.router):
+    app = FastAPI(
+        title="klein", version=__version__, docs_url=None, redoc_url=None, lifespan=_lifespan
+    )
+    for router in (generate.router, jobs.router, catalog.router, loras.router):
         app.include_router(router)
-    app.add_exception_handler(RequestValidationError, on_invalid)
-    app.add_exception_handler(HTTPException, on_http)
+    errors.install(app)
     app.state.generator = None
+    app.state.jobs = None
     return app
 
 
 def connect(app: FastAPI, generator: Generator) -> None:
-    """Let `app` answer for `generator`."""
+    """Let `app` answer for `generator`; raises BadSetting for a webhook secret of a wrong form."""
     app.state.generator = generator
+    app.state.jobs = JobRegistry(generator, Webhooks.from_settings(generator.settings))
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """When the server stops, every job ends and is told of before the GPU is given back."""
+    yield
+    if app.state.jobs is not None:
+        await app.state.jobs.stop()
 
 
 def middlewares(settings: Settings) -> list[Middleware]:

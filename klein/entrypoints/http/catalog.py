@@ -61,6 +61,7 @@ async def capabilities(request: Request) -> dict[str, Any]:
             "most_aspect": sizes.MAX_ASPECT,
             "loras": MAX_LORAS,
         },
+        "jobs": _jobs(generator) if generator else None,
         "request": GenerateRequest.model_json_schema(),
         "queue": asdict(generator.engine.stats()) if generator else None,
         "model": _model(ready) if ready else None,
@@ -84,6 +85,17 @@ async def ping(request: Request) -> Response:
             return JSONResponse({"status": "ready"})
         case State.UNHEALTHY | State.FAILED | State.STOPPED as state:
             return JSONResponse({"status": str(state)}, status_code=503)
+
+
+def _jobs(generator: Generator) -> dict[str, Any]:
+    """How long and how much of jobs is kept, and what they can do."""
+    settings = generator.settings
+    return {
+        "keep_seconds": settings.jobs_keep_seconds,
+        "keep_mb": settings.jobs_keep_mb,
+        "event_streams": settings.event_streams,
+        "webhooks": settings.webhook_secret is not None,
+    }
 
 
 def _model(generator: Generator) -> dict[str, Any]:

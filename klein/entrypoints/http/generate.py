@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from klein.app.generator import Generated, Generator
 from klein.core import RequestContext
 from klein.entrypoints.http.errors import ERRORS, error_response
-from klein.errors import Cancelled, InternalError, InvalidRequest, KleinError
+from klein.errors import Cancelled, InternalError, InvalidRequest, KleinError, QueueFull
 from klein.output import response
 from klein.request.formats import FORMATS
 from klein.request.schema import GenerateRequest
@@ -87,7 +87,8 @@ async def _answer(
         generated = await run_while_connected(generator, asked, context, request)
         return await asyncio.to_thread(render, generated)
     except KleinError as error:
-        return error_response(error, context.id)
+        full = isinstance(error, QueueFull)
+        return error_response(error, context.id, generator.retry_after() if full else None)
     except Exception:
         log.exception("request %s failed", context.id)
         return error_response(InternalError("klein failed: see its log"), context.id)

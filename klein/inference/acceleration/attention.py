@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from klein.errors import ModelUnavailable
 from klein.models.speed import Capability
 
-log = logging.getLogger("bentoml.klein")
+log = logging.getLogger(__name__)
 
 
 def _native(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from klein.models.plan import Plan
 from klein.models.speed import Acceleration, eager
 from klein.settings import Settings
 
-log = logging.getLogger("bentoml.klein")
+log = logging.getLogger(__name__)
 
 
 def proved(plan: Plan, settings: Settings, backend: Backend) -> Acceleration:
@@ -66,6 +66,6 @@ def _difference(plan: Plan, backend: Backend) -> float:
             "img_ids": ids[0],
             "txt_ids": ids[1],
         }
-    theirs = model(**given, return_dict=False)[0].float()
-    mine = FusedForward(model, backend.attend)(**given)[0].float()
-    return float((mine - theirs).norm() / theirs.norm())
+    stock = model(**given, return_dict=False)[0].float()
+    klein = FusedForward(model, backend.attend)(**given)[0].float()
+    return float((klein - stock).norm() / stock.norm())

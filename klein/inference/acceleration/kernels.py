@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-log = logging.getLogger("bentoml.klein")
+log = logging.getLogger(__name__)
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = tl.constexpr(448.0)

@@ -6,18 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-log = logging.getLogger("bentoml.klein")
+log = logging.getLogger(__name__)
 
 
-class GraphedEncoder:
-    """Stands in for the forward of a Qwen3ForCausalLM for texts of `length` tokens.
+class CudaGraphEncoder:
+    """The forward of a Qwen3ForCausalLM, recorded for texts of `length` tokens.
 
     Its outputs are overwritten by the next call. Other lengths, and all where no graph can be
     made, go through the forward itself.
     """
 
     def __init__(self, encoder: Any, length: int) -> None:
-        self._forward = encoder.forward
+        self._forward = encoder
         self._length = length
         self._graph: torch.cuda.CUDAGraph | None = None
         self._given: tuple[Tensor, Tensor] | None = None

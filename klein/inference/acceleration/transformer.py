@@ -110,20 +110,21 @@ class FusedForward:
         q, k, v = image.x.new_empty(3, batch, total, self._heads, self._dim).unbind()
         for block in self._model.transformer_blocks:
             attn = block.attn
-            low = is_quantised(attn.to_q)
-            mine, theirs = image.normed(self._eps, low), text.normed(self._eps, low)
+            fp8 = is_quantised(attn.to_q)
+            img, txt = image.normed(self._eps, fp8), text.normed(self._eps, fp8)
             norms = attn.norm_added_q.weight, attn.norm_added_k.weight
-            parts = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
-            join_heads(_three(parts, theirs), norms, rope, (q, k, v), 0, self._eps)
+            txt_qkv = _three((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), txt)
+            join_heads(txt_qkv, norms, rope, (q, k, v), 0, self._eps)
             norms = attn.norm_q.weight, attn.norm_k.weight
-            made = _three((attn.to_q, attn.to_k, attn.to_v), mine)
+            img_qkv = _three((attn.to_q, attn.to_k, attn.to_v), img)
             for first in range(0, batch, len(image.x)):
                 some = slice(first, first + len(image.x))
-                join_heads(made, norms, rope, (q[some], k[some], v[some]), length, self._eps)
+                join_heads(img_qkv, norms, rope, (q[some], k[some], v[some]), length, self._eps)
             image.x = image.x.expand(batch, -1, -1).contiguous()
-            seen = self._attended(q, k, v)
-            image.feed(block.ff, attn.to_out[0], rows(seen, length, total, low), self._eps)
-            text.feed(block.ff_context, attn.to_add_out, rows(seen, 0, length, low), self._eps)
+            attn_out = self._attended(q, k, v)
+            img_out, txt_out = rows(attn_out, length, total, fp8), rows(attn_out, 0, length, fp8)
+            image.feed(block.ff, attn.to_out[0], img_out, self._eps)
+            text.feed(block.ff_context, attn.to_add_out, txt_out, self._eps)
         return torch.cat([text.summed(), image.summed()], 1)
 
     def _single_blocks(
@@ -134,14 +135,14 @@ class FusedForward:
         blocks = self._model.single_transformer_blocks
         for block in blocks:
             attn = block.attn
-            low = is_quantised(attn.to_out)
-            normed = norm_modulate(x, shift, scale, self._eps, low, added)
+            fp8 = is_quantised(attn.to_out)
+            normed = norm_modulate(x, shift, scale, self._eps, fp8, added)
             hidden = linear(attn.to_qkv_mlp_proj, normed)
             norms = attn.norm_q.weight, attn.norm_k.weight
-            seen = self._attended(*split_heads(hidden, self._heads, norms, rope, self._eps))
+            attn_out = self._attended(*split_heads(hidden, self._heads, norms, rope, self._eps))
             skip = text if block is blocks[-1] else 0
-            made = swiglu(hidden, 3 * self._heads * self._dim, low, seen, skip)
-            added = gate, linear(attn.to_out, made)
+            fed = swiglu(hidden, 3 * self._heads * self._dim, fp8, attn_out, skip)
+            added = gate, linear(attn.to_out, fed)
         return x[:, text:].contiguous(), added
 
     def _attended(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -161,17 +162,17 @@ class _Stream:
     on: tuple[Tensor, ...]
     added: tuple[Tensor, Tensor] | None = None
 
-    def normed(self, eps: float, low: bool) -> Tensor | Rows:
+    def normed(self, eps: float, fp8: bool) -> Tensor | Rows:
         """What goes into attention; `x` gets what was still to be added."""
         added, self.added = self.added, None
-        return norm_modulate(self.x, self.on[0], self.on[1], eps, low, added)
+        return norm_modulate(self.x, self.on[0], self.on[1], eps, fp8, added)
 
-    def feed(self, ff: Any, out: torch.nn.Linear, seen: Tensor | Rows, eps: float) -> None:
+    def feed(self, ff: Any, out: torch.nn.Linear, attn_out: Tensor | Rows, eps: float) -> None:
         """Add what attention gave, and leave to add what the feed-forward makes of the sum."""
-        low = is_quantised(out)
-        added = self.on[2], linear(out, seen)
-        fed = norm_modulate(self.x, self.on[3], self.on[4], eps, low, added)
-        hidden = swiglu(linear(ff.linear_in, fed), 0, low)
+        fp8 = is_quantised(out)
+        added = self.on[2], linear(out, attn_out)
+        fed = norm_modulate(self.x, self.on[3], self.on[4], eps, fp8, added)
+        hidden = swiglu(linear(ff.linear_in, fed), 0, fp8)
         self.added = self.on[5], linear(ff.linear_out, hidden)
 
     def summed(self) -> Tensor:

@@ -1,6 +1,7 @@
 """The VAE's decoder, channels last from end to end, its norms and activations in one kernel each.
 
-diffusers' group norm turns a channels-last picture round for each norm: most of a decode's time.
+diffusers' group norm changes the memory layout of a channels-last image and back at each norm: most
+of a decode's time.
 """
 
 from typing import Any
@@ -8,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klein.inference.acceleration import ops as fused
+from klein.inference.acceleration import ops
 
 
 class ChannelNorm(torch.nn.Module):
-    """A GroupNorm over channels-last pictures, and the SiLU after it."""
+    """A GroupNorm over channels-last images, and the SiLU after it."""
 
     def __init__(self, norm: torch.nn.GroupNorm) -> None:
         super().__init__()
@@ -20,7 +21,7 @@ class ChannelNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm = self.norm
-        return fused.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, True)
+        return ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, True)
 
 
 def fuse(vae: Any) -> None:

@@ -8,10 +8,11 @@ same few lines.
 A layer that acts through a float8 copy keeps W₀ where it is: W is quantised into the copy instead.
 """
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from safetensors.torch import load_file
@@ -29,19 +30,28 @@ FACTOR_BYTES = 2 * 1024**3
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """One LoRA to apply."""
+class AdapterRequest:
+    """One LoRA to apply: its file, or why there is none."""
 
     path: str
-    file: LoraFile
+    file: LoraFile | LoraError
     scale: float
 
 
 @dataclass(frozen=True, slots=True)
-class _Share:
-    """What LoRA number `lora` adds to one linear: rows `rows` of a patch."""
+class _Adapter:
+    """A request whose file fits the model, and the file's tensors on the device."""
 
-    lora: int
+    file: LoraFile
+    scale: float
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What adapter number `adapter` adds to one linear: rows `rows` of a patch."""
+
+    adapter: int
     patch: Patch
     rows: slice
 
@@ -50,8 +60,8 @@ class _Share:
 class _Tally:
     """What one LoRA changed, layer by layer; tensors, so that nothing waits for the GPU."""
 
-    changes: list[Tensor]
-    strengths: list[float]
+    changes: list[Tensor] = field(default_factory=list)
+    strengths: list[float] = field(default_factory=list)
 
 
 class LoraMerger:
@@ -77,8 +87,10 @@ class LoraMerger:
         self._active: tuple[tuple[str, float], ...] | None = ()
         self._reports: list[LoraReport] = []
 
-    def check(self, file: LoraFile) -> None:
-        """Raise LoraError unless every layer of `file` is a layer of this model."""
+    def check(self, file: LoraFile | LoraError) -> LoraFile:
+        """`file`, if every layer of it is a layer of this model; else raises LoraError."""
+        if isinstance(file, LoraError):
+            raise file
         if file.hidden not in (None, self._spec.hidden):
             raise LoraError(
                 f"LoRA {file.name!r} was trained for {file.base}, and the loaded model is "
@@ -100,61 +112,89 @@ class LoraMerger:
                     f"LoRA {file.name!r} does not fit {self._spec.name}: its layer "
                     f"{patch.layer!r} has {patch.shape[0]} rows, the model's has {rows}"
                 )
+        return file
 
-    def has(self, wanted: Sequence[Wanted]) -> bool:
-        """Whether exactly `wanted` is active already."""
-        return self._active == _key(wanted)
+    def has(self, requests: Sequence[AdapterRequest]) -> bool:
+        """Whether exactly `requests` were applied last."""
+        return self._active == _key(requests)
 
     @torch.no_grad()
-    def apply(self, wanted: Sequence[Wanted]) -> list[LoraReport]:
-        """Make exactly `wanted` active; each must have passed `check`. Returns their reports.
+    def apply(self, requests: Sequence[AdapterRequest]) -> list[LoraReport]:
+        """Make `requests` active and nothing else; the report of each says what it did.
 
-        Whatever interrupts it, the next call starts from the pristine weights.
+        One that has no file, does not fit or is not finite is left out, and its report has the
+        error. Whatever interrupts it, the next call starts from the pristine weights.
         """
         started = time.perf_counter()
-        if not self.has(wanted):
+        if not self.has(requests):
             self._active = None
-            self._reports = self._merge(wanted)
-            self._active = _key(wanted)
+            self._reports = self._applied(requests)
+            self._active = _key(requests)
         seconds = round(time.perf_counter() - started, 4)
-        named = zip(self._reports, wanted, strict=True)
+        named = zip(self._reports, requests, strict=True)
         return [replace(report, path=one.path, seconds=seconds) for report, one in named]
 
-    def _merge(self, wanted: Sequence[Wanted]) -> list[LoraReport]:
-        shares = self._shares(wanted)
-        factors = [self._read(one.file) for one in wanted]
-        tallies = [_Tally([], []) for _ in wanted]
-        for name in sorted(self._changed | shares.keys()):
-            original = self._original(name)
-            self._changed.add(name)
-            layer = self._linears[name]
-            target = torch.empty_like(original) if is_quantised(layer) else layer.weight
-            mine = shares.get(name, [])
-            scales = [wanted[share.lora].scale for share in mine]
-            parts = [parts_of(share.patch, factors[share.lora]) for share in mine]
-            if len(mine) == 1 and _is_plain(mine[0].patch, parts[0], target):
-                share, part = mine[0], parts[0]
-                by = scales[0] * strength_of(share.patch, part)
-                torch.addmm(original, part["up"][share.rows], part["down"], alpha=by, out=target)
-                changes = [abs(by) * _product_norm(part["up"][share.rows], part["down"])]
-            else:
-                deltas = [
-                    scale * delta(share.patch, part, original.float(), share.rows)
-                    for share, scale, part in zip(mine, scales, parts, strict=True)
-                ]
-                target.copy_(sum(deltas, original.float()) if deltas else original)
-                changes = [change.norm() for change in deltas]
-            if is_quantised(layer):
-                quantise_weight(layer, target)
-            for share, part, change in zip(mine, parts, changes, strict=True):
-                tallies[share.lora].changes.append(change / self._norms[name])
-                tallies[share.lora].strengths.append(strength_of(share.patch, part))
-        self._changed = set(shares)
-        return [_report(one, tally) for one, tally in zip(wanted, tallies, strict=True)]
+    def _applied(self, requests: Sequence[AdapterRequest]) -> list[LoraReport]:
+        reports: dict[int, LoraReport] = {}
+        adapters: dict[int, _Adapter] = {}
+        for number, one in enumerate(requests):
+            try:
+                file = self.check(one.file)
+                adapters[number] = _Adapter(file, one.scale, self._read(file))
+            except LoraError as error:
+                reports[number] = _failed(one, str(error))
+        tallies = self._merge(list(adapters.values()))
+        for (number, adapter), tally in zip(list(adapters.items()), tallies, strict=True):
+            report = _report(requests[number].path, adapter, tally)
+            if not math.isfinite(report.relative_change or 0.0):
+                report = _failed(requests[number], _not_finite(adapter))
+                del adapters[number]
+            reports[number] = report
+        if len(adapters) < len(tallies):
+            self._merge(list(adapters.values()))
+        return [reports[number] for number in range(len(requests))]
 
-    def _shares(self, wanted: Sequence[Wanted]) -> dict[str, list[_Share]]:
+    def _merge(self, adapters: Sequence[_Adapter]) -> list[_Tally]:
+        """Put W₀ + Σ scale · ΔW of `adapters` in place of what is there."""
+        shares = self._shares(adapters)
+        tallies = [_Tally() for _ in adapters]
+        for name in sorted(self._changed | shares.keys()):
+            self._changed.add(name)
+            changes = self._merge_layer(name, shares.get(name, []), adapters)
+            for share, change in zip(shares.get(name, []), changes, strict=True):
+                tally, tensors = tallies[share.adapter], adapters[share.adapter].tensors
+                tally.changes.append(change / self._norms[name])
+                tally.strengths.append(strength_of(share.patch, parts_of(share.patch, tensors)))
+        self._changed = set(shares)
+        return tallies
+
+    def _merge_layer(
+        self, name: str, shares: Sequence[_Share], adapters: Sequence[_Adapter]
+    ) -> list[Tensor]:
+        """Write one layer's weight; returns |scale · ΔW| of each share."""
+        original, layer = self._original(name), self._linears[name]
+        target = torch.empty_like(original) if is_quantised(layer) else layer.weight
+        scales = [adapters[share.adapter].scale for share in shares]
+        parts = [parts_of(share.patch, adapters[share.adapter].tensors) for share in shares]
+        if len(shares) == 1 and _is_plain(shares[0].patch, parts[0], target):
+            up, down = parts[0]["up"][shares[0].rows], parts[0]["down"]
+            by = scales[0] * strength_of(shares[0].patch, parts[0])
+            torch.addmm(original, up, down, alpha=by, out=target)
+            changes = [abs(by) * _product_norm(up, down)]
+        else:
+            deltas = [
+                scale * delta(share.patch, part, original.float(), share.rows)
+                for share, scale, part in zip(shares, scales, parts, strict=True)
+            ]
+            target.copy_(sum(deltas, original.float()) if deltas else original)
+            changes = [change.norm() for change in deltas]
+        if is_quantised(layer):
+            quantise_weight(layer, target)
+        return changes
+
+    def _shares(self, adapters: Sequence[_Adapter]) -> dict[str, list[_Share]]:
         shares: dict[str, list[_Share]] = {}
-        for number, one in enumerate(wanted):
+        for number, one in enumerate(adapters):
             for patch in one.file.patches:
                 start = 0
                 for name in patch.modules:
@@ -184,7 +224,7 @@ class LoraMerger:
 
     def forget(self) -> None:
         """The transformer's weights are those loaded again: somebody put them back."""
-        self._active, self._changed = (), set()
+        self._active, self._reports, self._changed = (), [], set()
 
     def spare_bytes(self) -> int:
         """GPU memory that `release` would give back."""
@@ -219,8 +259,11 @@ class LoraMerger:
         return sum(t.nbytes for tensors in self._factors.values() for t in tensors.values())
 
 
-def _key(wanted: Sequence[Wanted]) -> tuple[tuple[str, float], ...]:
-    return tuple((one.file.sha256, one.scale) for one in wanted)
+def _key(requests: Sequence[AdapterRequest]) -> tuple[tuple[str, float], ...]:
+    return tuple(
+        (str(one.file) if isinstance(one.file, LoraError) else one.file.sha256, one.scale)
+        for one in requests
+    )
 
 
 def _is_plain(patch: Patch, parts: Mapping[str, Tensor], target: Tensor) -> bool:
@@ -238,19 +281,31 @@ def _product_norm(up: Tensor, down: Tensor) -> Tensor:
     return ((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt()
 
 
-def _report(one: Wanted, tally: _Tally) -> LoraReport:
-    layers = len(one.file.patches)
+def _report(path: str, adapter: _Adapter, tally: _Tally) -> LoraReport:
+    layers = len(adapter.file.patches)
     mean = sum(tally.strengths) / len(tally.strengths)
     return LoraReport(
-        path=one.path,
-        scale=one.scale,
+        path=path,
+        scale=adapter.scale,
         applied=True,
-        sha256=one.file.sha256,
-        format=one.file.format,
-        rank=one.file.rank,
+        sha256=adapter.file.sha256,
+        format=adapter.file.format,
+        rank=adapter.file.rank,
         layers_matched=layers,
         layers_in_file=layers,
-        effective_scale=round(one.scale * mean, 6),
+        effective_scale=round(adapter.scale * mean, 6),
         relative_change=round(torch.stack(tally.changes).mean().item(), 8),
-        trigger_words=one.file.trigger_words,
+        trigger_words=adapter.file.trigger_words,
     )
+
+
+def _failed(request: AdapterRequest, error: str) -> LoraReport:
+    return LoraReport(request.path, request.scale, applied=False, error=error)
+
+
+def _not_finite(adapter: _Adapter) -> str:
+    """Which numbers of a LoRA are not finite, in words."""
+    for name, tensor in adapter.tensors.items():
+        if not tensor.isfinite().all():
+            return f"LoRA {adapter.file.name!r} is damaged: {name[:90]!r} has NaN or infinity in it"
+    return f"LoRA {adapter.file.name!r} cannot be applied: its weight changes are not finite"

@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klein.inference.loading.reader import Device, Wanted, Weights, exact, read
+from klein.inference.loading.reader import Device, TensorFilter, Weights, exact, read
 from klein.models.catalog import GB
 from klein.models.plan import Plan
 
-log = logging.getLogger("bentoml.klein")
+log = logging.getLogger(__name__)
 
 OUT_LAYERS = (9, 18, 27)
 """Hidden states of the text encoder that FLUX.2-klein reads; what comes after them is not."""
 
 
-def _read_aloud(
-    folder: Path, device: Device, dtype: torch.dtype, wanted: Wanted
+def _read_and_log(
+    folder: Path, device: Device, dtype: torch.dtype, wanted: TensorFilter
 ) -> dict[str, Tensor]:
-    """As `read`, and the log hears of it."""
+    """As `read`; the log gets its size and seconds."""
     started = time.perf_counter()
     tensors = read(folder, device, dtype, wanted)
     size = sum(tensor.nbytes for tensor in tensors.values())
@@ -46,25 +46,25 @@ def dtype_on(device: str) -> torch.dtype:
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
-def begin(plan: Plan) -> dict[str, Weights]:
-    """Begin to read the model's parts, one after another, and return at once.
+def start_reading(plan: Plan, dtype: torch.dtype | None = None) -> dict[str, Weights]:
+    """Start to read the model's parts, one after another, and return at once.
 
     This needs no more than torch, so that it can go on while diffusers is imported. The parts are
-    for the functions below.
+    for the functions below. `dtype` is `dtype_on` the plan's device unless given.
     """
-    folder, dtype = Path(plan.source), dtype_on(plan.device)
+    folder, dtype = Path(plan.source), dtype or dtype_on(plan.device)
     one = ThreadPoolExecutor(1, thread_name_prefix="klein-weights")
     parts = (
-        ("text_encoder", plan.read_to, _layers_below(OUT_LAYERS[-1])),
+        ("text_encoder", plan.read_to, layers_below(OUT_LAYERS[-1])),
         ("vae", plan.read_to, _everything),
         ("transformer", plan.transformer_to, _everything),
     )
-    begun = {
-        name: one.submit(_read_aloud, folder / name, exact(where), dtype, wanted)
+    pending = {
+        name: one.submit(_read_and_log, folder / name, exact(where), dtype, wanted)
         for name, where, wanted in parts
     }
     one.shutdown(wait=False)
-    return begun
+    return pending
 
 
 def transformer(
@@ -72,7 +72,7 @@ def transformer(
 ) -> Any:
     """The Flux2Transformer2DModel in `folder` on `device`, for inference; raises as `_load`.
 
-    `weights` are those that were begun to be read; here as below.
+    `weights` are those that `start_reading` reads already; here as below.
     """
     build = partial(_empty_diffusers, "Flux2Transformer2DModel", folder)
     return _load(folder, device, dtype, build, weights=weights)
@@ -98,7 +98,7 @@ def text_encoder(
     `_load`.
     """
     build = partial(_empty_text_encoder, config, dtype)
-    wanted = _layers_below(config.num_hidden_layers)
+    wanted = layers_below(config.num_hidden_layers)
     return _load(folder, device, dtype, build, wanted, weights)
 
 
@@ -110,7 +110,7 @@ def _load(
     device: Device,
     dtype: torch.dtype,
     build: Callable[[], Any],
-    wanted: Wanted = _everything,
+    wanted: TensorFilter = _everything,
     weights: Weights | None = None,
 ) -> Any:
     """The model that `build` makes without weights, with them; it is built while they are read.
@@ -168,7 +168,7 @@ def _quantised(what: str) -> ValueError:
     return ValueError(f"this {what} is quantised: use the model's bfloat16 weights")
 
 
-def _layers_below(count: int) -> Wanted:
+def layers_below(count: int) -> TensorFilter:
     """Every tensor of the text encoder but the head, the last norm and layers from `count` on."""
     layer = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -179,9 +179,3 @@ def _layers_below(count: int) -> Wanted:
         return not name.startswith(("lm_head.", "model.norm."))
 
     return wanted
-
-
-# -- files -------------------------------------------------------------------------------------
-
-
-# -- chunks ------------------------------------------------------------------------------------

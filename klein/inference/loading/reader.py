@@ -48,7 +48,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-Wanted = Callable[[str], bool]
+TensorFilter = Callable[[str], bool]
 """Whether the tensor of that name is to be read."""
 Device = torch.device | str
 Weights = Future[dict[str, Tensor]]
@@ -56,7 +56,7 @@ Weights = Future[dict[str, Tensor]]
 
 
 def read(
-    source: Path | Sequence[Path], device: Device, dtype: torch.dtype, wanted: Wanted
+    source: Path | Sequence[Path], device: Device, dtype: torch.dtype, wanted: TensorFilter
 ) -> dict[str, Tensor]:
     """The wanted tensors of a folder of safetensors files, or of the files themselves, by name.
 
@@ -100,7 +100,7 @@ class _Entry:
     end: int
 
 
-def _files(source: Path | Sequence[Path], wanted: Wanted) -> list[Path]:
+def _files(source: Path | Sequence[Path], wanted: TensorFilter) -> list[Path]:
     """The files of `source` that hold something wanted, as far as an index says."""
     if not isinstance(source, Path):
         return list(source)
@@ -113,7 +113,7 @@ def _files(source: Path | Sequence[Path], wanted: Wanted) -> list[Path]:
     raise ValueError(f"there are no safetensors weights in {source.name}: download the model again")
 
 
-def _shards(index: Path, wanted: Wanted) -> list[str]:
+def _shards(index: Path, wanted: TensorFilter) -> list[str]:
     """The names of the files that an index says hold something wanted, in order."""
     try:
         shards: dict[str, str] = json.loads(index.read_text())["weight_map"]

@@ -6,7 +6,7 @@ import pytest
 
 from klein.errors import BadSetting, ModelUnavailable
 from klein.models import speed as acceleration
-from klein.models.speed import OPTIONS, SITUATIONS, THRIFT, TIERS, Thrift
+from klein.models.speed import OPTIONS, SITUATIONS, STEP_SKIPPING, TIERS, StepSkipping
 from klein.settings import Settings
 
 HOPPER = (9, 0)
@@ -49,7 +49,12 @@ def test_auto_follows_the_device(device: str, tier: str) -> None:
     ("speed", "capability", "situation", "says"),
     [
         ("fast", (8, 0), NOTHING, "float8 needs compute capability 8.9 .*KLEIN_SPEED=exact can"),
-        ("turbo", HOPPER, frozenset({"distilled"}), "thrift .*distilled.*KLEIN_SPEED=fast can"),
+        (
+            "turbo",
+            HOPPER,
+            frozenset({"distilled"}),
+            "step_skipping .*distilled.*KLEIN_SPEED=fast can",
+        ),
         ("exact", HOPPER, frozenset({"sequential"}), "fused .*sequential.*KLEIN_SPEED=eager can"),
         ("fast", HOPPER, frozenset({"model"}), "float8 .*offload.*KLEIN_SPEED=exact can"),
         ("exact", (7, 5), NOTHING, "fused needs compute capability 8.0 .*KLEIN_SPEED=eager can"),
@@ -69,7 +74,7 @@ def test_what_is_optional_is_left_out_where_it_cannot_be() -> None:
     whole = acceleration.choose("exact", "cuda", HOPPER, NOTHING)
     offloaded = acceleration.choose("exact", "cuda", HOPPER, frozenset({"model"}))
     assert offloaded.tier is whole.tier
-    assert set(whole.options) - set(offloaded.options) == {"graphed"}
+    assert set(whole.options) - set(offloaded.options) == {"cuda_graph"}
     assert not acceleration.excludes(TIERS["exact"], "model")
     assert acceleration.excludes(TIERS["fast"], "model")
 
@@ -89,10 +94,10 @@ def test_every_tier_can_be_named() -> None:
         Settings.from_env({"KLEIN_SPEED": "warp"})
 
 
-def test_thrift_computes_the_first_every_other_and_the_last() -> None:
+def test_step_skipping_computes_the_first_every_other_and_the_last() -> None:
     """A line through two known velocities needs two known velocities."""
-    due = [step for step in range(10) if Thrift(first=3, every=2).due(step, 10)]
+    due = [step for step in range(10) if StepSkipping(first=3, every=2).computes(step, 10)]
     assert due == [0, 1, 2, 3, 5, 7, 9]
-    assert THRIFT.first >= 2
-    assert THRIFT.computed(28) == 16
-    assert [THRIFT.computed(steps) for steps in (1, 2, 3, 4)] == [1, 2, 3, 4]
+    assert STEP_SKIPPING.first >= 2
+    assert STEP_SKIPPING.computed(28) == 16
+    assert [STEP_SKIPPING.computed(steps) for steps in (1, 2, 3, 4)] == [1, 2, 3, 4]

@@ -1,0 +1,1 @@
+"""What draws the pictures and plots of the pages."""

@@ -1,0 +1,158 @@
+"""Jobs over HTTP, in Replicate's words: made, watched, cancelled, fetched later."""
+
+import asyncio
+import contextlib
+import re
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Path, Query, Request
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl
+from starlette.responses import JSONResponse, Response
+
+from klein.app.job import WEBHOOK_EVENTS, Job, JobSpec, WebhookEvent
+from klein.app.jobs import JobRegistry
+from klein.entrypoints.http.events import EventStream, last_event_id
+from klein.errors import InvalidRequest, NotReady
+from klein.request.schema import GenerateRequest
+
+router = APIRouter(tags=["jobs"])
+
+MAX_WAIT = 60
+"""Seconds of `Prefer: wait`, at most."""
+MAX_PAGE = 100
+MAX_IMAGES = 1000
+
+JobId = Annotated[
+    str, Path(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="letters, digits, `_` and `-`")
+]
+Prefer = Annotated[
+    str | None,
+    Header(max_length=200, description="`wait=N` waits up to N (1 to 60) seconds for the end"),
+]
+
+
+class JobRequest(BaseModel):
+    """A job to do."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    input: GenerateRequest = Field(
+        description="what to draw; without `return_type` its images are links to this server"
+    )
+    webhook: HttpUrl | None = Field(None, description="an https address that is told of the job")
+    webhook_events_filter: tuple[WebhookEvent, ...] = Field(
+        WEBHOOK_EVENTS, max_length=2, description="of what it is told"
+    )
+    previews: bool = Field(True, description="whether small images are sent while it is drawn")
+
+
+@router.post("/jobs", status_code=202)
+async def create_job(request: Request, body: JobRequest, prefer: Prefer = None) -> Response:
+    """Start a job: 202, or 200 if it ended within `Prefer: wait=N` seconds."""
+    return await _create(request, body, prefer, None)
+
+
+@router.put("/jobs/{id}", status_code=202)
+async def put_job(request: Request, id: JobId, body: JobRequest, prefer: Prefer = None) -> Response:
+    """Start a job of your own id. The same body again is the same job, another one 409."""
+    return await _create(request, body, prefer, id)
+
+
+@router.get("/jobs")
+async def list_jobs(
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 20,
+    before: Annotated[int | None, Query(ge=1, le=2**53, description="from `next`")] = None,
+) -> Response:
+    """Your jobs, the newest first."""
+    jobs, older = _registry(request).page(_caller(request), limit, before)
+    link = None if older is None else f"/jobs?limit={limit}&before={older}"
+    return JSONResponse({"results": [job.as_dict() for job in jobs], "next": link})
+
+
+@router.get("/jobs/{id}")
+async def get_job(request: Request, id: JobId) -> Response:
+    """A job as it is now."""
+    return await _answer(_registry(request).get(_caller(request), id))
+
+
+@router.post("/jobs/{id}/cancel")
+async def cancel_job(request: Request, id: JobId) -> Response:
+    """Stop a job within one step; 409 if it is over."""
+    return await _answer(await _registry(request).cancel(_caller(request), id))
+
+
+@router.get("/jobs/{id}/events")
+async def job_events(
+    request: Request,
+    id: JobId,
+    resume_at: Annotated[str | None, Header(alias="Last-Event-ID", max_length=100)] = None,
+) -> Response:
+    """Server-sent events until the job's end: `status`, `progress`, `preview`, and one of
+    `completed`, `failed` and `canceled`; 204 if there are none after `Last-Event-ID`."""
+    registry, owner = _registry(request), _caller(request)
+    job, after = registry.get(owner, id), last_event_id(resume_at)
+    if job.over and not job.events.after(after):
+        return Response(status_code=204)  # which ends a browser's attempts to come back
+    registry.require_stream(owner)
+    return EventStream(job.events, after, registry.stream(owner))
+
+
+@router.get("/jobs/{id}/images/{n}")
+async def job_image(
+    request: Request, id: JobId, n: Annotated[int, Path(ge=0, le=MAX_IMAGES)]
+) -> Response:
+    """One image of a job, counted from 0."""
+    image = _registry(request).image(_caller(request), id, n)
+    headers = {"x-klein-seed": str(image.seed), "cache-control": "private"}
+    return Response(image.data, media_type=image.mime_type, headers=headers)
+
+
+async def _create(
+    request: Request, body: JobRequest, prefer: str | None, id: str | None
+) -> Response:
+    wait = _seconds_to_wait(prefer)
+    spec = JobSpec(
+        request=body.input,
+        previews=body.previews,
+        webhook=str(body.webhook) if body.webhook else None,
+        webhook_events=body.webhook_events_filter,
+    )
+    job = await _registry(request).create(_caller(request), spec, id)
+    headers = {"location": f"/jobs/{job.id}"}
+    if wait:
+        headers["preference-applied"] = f"wait={wait}"
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(job.finished.wait(), wait)
+    return await _answer(job, 200 if job.over else 202, headers)
+
+
+async def _answer(job: Job, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    def render() -> Response:
+        return JSONResponse(job.as_dict(inline=True), status_code=status, headers=headers)
+
+    return await asyncio.to_thread(render) if job.inline else render()
+
+
+def _seconds_to_wait(prefer: str | None) -> int:
+    """Of a header such as `wait=10`; plain `wait` is the most. Raises InvalidRequest."""
+    found = re.search(r"(?:^|[,;\s])wait\b(?:\s*=\s*([^,;\s]*))?", prefer or "")
+    if found is None:
+        return 0
+    text = found[1] if found[1] is not None else str(MAX_WAIT)
+    if not re.fullmatch(r"[0-9]{1,3}", text) or not 1 <= int(text) <= MAX_WAIT:
+        raise InvalidRequest(f"Prefer: wait must be 1 to {MAX_WAIT} seconds", field="Prefer")
+    return int(text)
+
+
+def _registry(request: Request) -> JobRegistry:
+    registry: JobRegistry | None = request.app.state.jobs
+    if registry is None:
+        raise NotReady("klein is starting: try again in a minute")
+    return registry
+
+
+def _caller(request: Request) -> str | None:
+    """The name of the key that the request came with, None where there are no keys."""
+    caller: Any = getattr(request.state, "caller", None)
+    return None if caller is None else str(caller)
