@@ -1,4 +1,4 @@
-"""Tests outside the heavy folders run where torch cannot be imported: klein must work without it."""
+"""Tests outside the heavy folders run where torch cannot be imported."""
 
 import os
 import sys
