@@ -63,8 +63,9 @@ def _environment(dockerfile: str) -> dict[str, str]:
     for kind, text in re.findall(r"^(ARG|ENV) (.+)$", stage, re.MULTILINE):
         for name, value in re.findall(r"(\w+)=(\S+)", text):
             known = args | env
-            value = re.sub(r"\$\{?(\w+)\}?", lambda found, k=known: k[found[1]], value)
-            (args if kind == "ARG" else env)[name] = value
+            parts = re.split(r"\$\{?(\w+)\}?", value)
+            full = "".join(known[x] if i % 2 else x for i, x in enumerate(parts))
+            (args if kind == "ARG" else env)[name] = full
     return env
 
 
@@ -133,9 +134,9 @@ ACTS: dict[str, Seen] = {
     "labels": lambda value, _, __, made: value == made["labels"],
     "include": lambda value, bento, *_: all((bento / "src" / name).exists() for name in value),
     "python.requirements_txt": _requirements,
-    "python.lock_packages": lambda value, *_: (
-        value is False
-    ),  # else "python.requirements_txt" fails
+    "python.lock_packages": lambda _, bento, *__: (
+        not (bento / "env/python/requirements.lock.txt").exists()
+    ),
     "docker.python_version": lambda value, _, dockerfile, __: (
         f"FROM python:{value}-slim" in dockerfile and f"uv venv --python {value} " in dockerfile
     ),

@@ -1,4 +1,4 @@
-"""What klein declares, locks and ships is what it imports; the workflows have no more rights than they need."""
+"""What klein declares, locks and ships is what it imports; workflows do no more than they must."""
 
 import ast
 import re
@@ -50,7 +50,7 @@ def _imports(path: Path) -> set[str]:
 
 
 def test_every_imported_package_is_declared() -> None:
-    """In [project.dependencies] or an extra; what another package happens to bring does not count."""
+    """In [project.dependencies] or an extra; what another package brings does not count."""
     imported: set[str] = set()
     for path in (ROOT / "service.py", *(ROOT / "klein").rglob("*.py")):
         imported |= _imports(path)
@@ -75,7 +75,7 @@ def test_what_is_pinned_is_in_the_declared_range() -> None:
 
 @pytest.mark.parametrize("name", LOCKS)
 def test_locks_are_exact(name: str) -> None:
-    """One version and at least one hash for each package but torch; no address or path of a machine."""
+    """A version and hashes for each package, no hash for torch; no address or path of a machine."""
     text = (ROOT / name).read_text()
     rows = re.sub(r"\\\n\s*", "", re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE)).splitlines()
     assert len(rows) > 20
