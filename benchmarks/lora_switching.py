@@ -20,7 +20,7 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from safetensors.torch import load_file, save_file
 
-from klein.inference.adapters.merge import LoraMerger, Wanted
+from klein.inference.adapters.merge import AdapterRequest, LoraMerger
 from klein.lora import file
 from klein.models.catalog import MODELS, ModelSpec
 
@@ -101,7 +101,7 @@ def forward(model: Any, device: str, dtype: torch.dtype, spec: ModelSpec) -> Cal
 def merge(model: Any, spec: ModelSpec, paths: list[Path], step: Any, device: str) -> list[float]:
     """First use, second use, back to base, a step with the LoRA; milliseconds."""
     merger = LoraMerger(model, spec)
-    a, b = (Wanted(path.name, file.inspect(path, path.name), 0.8) for path in paths)
+    a, b = (AdapterRequest(path.name, file.inspect(path, path.name), 0.8) for path in paths)
     first = clock(lambda: merger.apply([a]), 1, device)
     merger.apply([b])
     uses = []

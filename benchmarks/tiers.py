@@ -18,21 +18,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+from PIL import Image
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.lora_switching import NAMES, lora, transformer
-from klein.core import Job
-from klein.inference import assemble as assembly
+from klein.core import EditInputs, GenerationParams, InputImage, Job, RequestContext
+from klein.inference import assemble
 from klein.inference.acceleration import attention
 from klein.inference.pipeline import KleinPipeline
-from klein.lora.library import LoraLibrary
+from klein.lora import file
+from klein.lora.file import LoraFile
 from klein.lora.spec import LoraSpec
 from klein.models.catalog import GB, MODELS, ModelSpec
 from klein.models.identify import NANO_FOLDER
@@ -48,12 +50,21 @@ MARGIN = 1.03
 """Over the measured rate of the chip; what a burst may differ."""
 
 
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is drawn: a size in pixels, and how many references of the native size go with it."""
+
+    width: int
+    height: int
+    references: int
+
+
 @dataclass(slots=True)
 class Way:
-    """One way to draw: `draw` takes a prompt number and gives a picture and its forwards."""
+    """One way to draw: `draw` takes a prompt number and a case, gives an image and its forwards."""
 
     name: str
-    draw: Callable[[int, int, int], tuple[Any, int]]
+    draw: Callable[[int, Case], tuple[Any, int]]
     float8: bool = False
     seconds: list[float] = field(default_factory=list)
     forwards: int = 0
@@ -124,7 +135,7 @@ def cut_encoder(encoder: Any) -> Any:
     return twin.eval()
 
 
-def served(stock: Any, model: Any, spec: ModelSpec, device: str, tier: str, loras: Path) -> Any:
+def served(stock: Any, model: Any, spec: ModelSpec, device: str, tier: str) -> KleinPipeline:
     """klein's pipeline of that tier, on the weights of `stock` and the transformer `model`."""
     plan = Plan(
         str(NANO_FOLDER / "model"),
@@ -138,29 +149,25 @@ def served(stock: Any, model: Any, spec: ModelSpec, device: str, tier: str, lora
     )
     vae = AutoencoderKLFlux2.from_config(stock.vae.config)
     vae.load_state_dict(stock.vae.state_dict())
-    pipe = Flux2KleinPipeline(
-        scheduler=stock.scheduler,
+    parts = assemble.plain(
+        transformer=model,
         vae=vae.to(device, stock.vae.dtype).eval(),
         text_encoder=cut_encoder(stock.text_encoder),
         tokenizer=stock.tokenizer,
-        transformer=model,
     )
-    pipe.set_progress_bar_config(disable=True)
     capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
     backend = attention.choose("auto", device, capability, fused=tier != "eager")
-    sampler = assembly.accelerate(pipe, plan, backend)
-    library = LoraLibrary(loras, None)
-    return KleinPipeline(pipe, plan, Settings(), library, sampler, backend.label)
+    return assemble.build(parts, plan, Settings(), backend)
 
 
 # -- ways ------------------------------------------------------------------------------------------
 
 
-def params_of(spec: ModelSpec, number: int, width: int, height: int, steps: int) -> Any:
+def params_of(spec: ModelSpec, number: int, case: Case, steps: int) -> GenerationParams:
     request = GenerateRequest(
-        prompt=f"a portrait of a person, picture number {number} of {width} by {height}",
-        width=width,
-        height=height,
+        prompt=f"a portrait of a person, picture number {number} of {case.width} by {case.height}",
+        width=case.width,
+        height=case.height,
         num_inference_steps=steps,
         guidance_scale=2.5,
         seed=number,
@@ -168,15 +175,23 @@ def params_of(spec: ModelSpec, number: int, width: int, height: int, steps: int)
     return resolve(request, spec, lambda: 0).params
 
 
+def pictures(count: int, side: int) -> list[Image.Image]:
+    """References of `side` by `side` pixels."""
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    return [Image.fromarray(each).resize((side, side)) for each in coarse]
+
+
 def by_stock(pipe: Any, spec: ModelSpec, steps: int) -> Way:
     """The pipeline as diffusers gives it, resident and eager."""
 
-    def draw(number: int, width: int, height: int) -> tuple[Any, int]:
-        params = params_of(spec, number, width, height, steps)
+    def draw(number: int, case: Case) -> tuple[Any, int]:
+        params = params_of(spec, number, case, steps)
         made = pipe(
+            image=pictures(case.references, spec.native_size) or None,
             prompt=params.prompt,
-            width=width,
-            height=height,
+            width=case.width,
+            height=case.height,
             num_inference_steps=steps,
             guidance_scale=params.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(params.seed),
@@ -187,16 +202,26 @@ def by_stock(pipe: Any, spec: ModelSpec, steps: int) -> Way:
     return Way("stock", draw)
 
 
-def by_klein(name: str, pipe: Any, spec: ModelSpec, steps: int, loras: tuple[str, ...] = ()) -> Way:
+def by_klein(
+    name: str,
+    pipe: KleinPipeline,
+    spec: ModelSpec,
+    steps: int,
+    adapter: LoraFile | None = None,
+) -> Way:
     """A tier, as an engine drives it."""
-    specs = tuple(LoraSpec(path, scale=0.8) for path in loras)
+    loras = (LoraSpec(adapter.name, scale=0.8),) if adapter else ()
 
-    def draw(number: int, width: int, height: int) -> tuple[Any, int]:
-        params = replace(params_of(spec, number, width, height, steps), loras=specs)
-        result = pipe.generate(Job(params, deadline=math.inf))
+    def draw(number: int, case: Case) -> tuple[Any, int]:
+        params = replace(params_of(spec, number, case, steps), loras=loras)
+        files = (adapter,) if adapter else ()
+        sent = pictures(case.references, spec.native_size)
+        references = tuple(InputImage(each, str(n), *each.size) for n, each in enumerate(sent))
+        job = Job(RequestContext(math.inf), params, files, inputs=EditInputs(references))
+        result = pipe.generate(job)
         if any(not report.applied for report in result.loras):
             raise SystemExit(f"{name}: {result.loras}")
-        way.stages = result.timings
+        way.stages = asdict(result.timings)
         return result.images[0].image, result.forwards
 
     way = Way(name, draw, float8="float8" in pipe.info.speed_options)
@@ -219,7 +244,7 @@ def compiled(device: str) -> int:
     return Compilations.count
 
 
-def run(way: Way, number: int, size: tuple[int, int], device: str) -> None:
+def run(way: Way, number: int, case: Case, device: str) -> None:
     """One picture into the way's figures."""
     wait(device)
     before = compiled(device)
@@ -227,7 +252,7 @@ def run(way: Way, number: int, size: tuple[int, int], device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
     started = time.perf_counter()
-    picture, way.forwards = way.draw(number, *size)
+    picture, way.forwards = way.draw(number, case)
     wait(device)
     way.seconds.append(time.perf_counter() - started)
     way.kernels += compiled(device) - before
@@ -236,9 +261,9 @@ def run(way: Way, number: int, size: tuple[int, int], device: str) -> None:
         way.peak = max(way.peak, torch.cuda.max_memory_allocated() - held)
 
 
-def teraflops(spec: ModelSpec, size: tuple[int, int]) -> float:
+def teraflops(spec: ModelSpec, case: Case) -> float:
     """Of one forward: the blocks' products and attention, 2 a multiply-add."""
-    image = size[0] * size[1] // 256
+    image = case.width * case.height // 256 + case.references * (spec.native_size // 16) ** 2
     text = spec.max_sequence_length
     blocks = spec.double_blocks + spec.single_blocks
     linear = 2 * 13 * spec.hidden**2 * (image + text) * blocks
@@ -275,9 +300,8 @@ def ceiling(device: str, float8: bool) -> float:
     return 10 * 2 * side**3 / (begin.elapsed_time(end) / 1000) / 1e12
 
 
-def table(ways: list[Way], spec: ModelSpec, size: tuple[int, int], device: str) -> Iterator[str]:
-    """Rows; raises SystemExit for a rate that the chip cannot have."""
-    work = teraflops(spec, size)
+def table(ways: list[Way], work: float, device: str) -> Iterator[str]:
+    """Rows for forwards of `work` TFLOP; raises SystemExit for a rate the chip cannot have."""
     stock = statistics.median(ways[0].seconds)
     head = f"{'way':<12}{'seconds':>9}{'from':>8}{'to':>8}{'× stock':>9}{'forwards':>10}"
     yield head + f"{'TFLOP/s':>9}{'peak GB':>9}{'kernels':>9}{'differs':>9}"
@@ -296,20 +320,18 @@ def table(ways: list[Way], spec: ModelSpec, size: tuple[int, int], device: str) 
         )
 
 
-def ways_of(
-    spec: ModelSpec, device: str, tiers: list[str], steps: int, rank: int, loras: Path
-) -> list[Way]:
+def ways_of(spec: ModelSpec, device: str, args: argparse.Namespace, loras: Path) -> list[Way]:
     """Stock, the tiers, and the exact tier with a LoRA on every block linear."""
     stock = stock_pipeline(spec, device)
-    ways = [by_stock(stock, spec, steps)]
-    for tier in tiers:
-        pipe = served(stock, shell(stock.transformer), spec, device, tier, loras)
-        ways.append(by_klein(tier, pipe, spec, steps))
-        if tier == "exact" and rank:
-            name = lora(stock.transformer, rank, loras / "random.safetensors", 1).name
-            own = copy.deepcopy(stock.transformer)
-            pipe = served(stock, own, spec, device, tier, loras)
-            ways.append(by_klein(f"+ LoRA {rank}", pipe, spec, steps, (name,)))
+    ways = [by_stock(stock, spec, args.steps)]
+    for tier in args.tiers:
+        pipe = served(stock, shell(stock.transformer), spec, device, tier)
+        ways.append(by_klein(tier, pipe, spec, args.steps))
+        if tier == "exact" and args.rank:
+            path = lora(stock.transformer, args.rank, loras / "random.safetensors", 1)
+            pipe = served(stock, copy.deepcopy(stock.transformer), spec, device, tier)
+            adapter = file.inspect(path, path.name)
+            ways.append(by_klein(f"+ LoRA {args.rank}", pipe, spec, args.steps, adapter))
     return ways
 
 
@@ -321,6 +343,7 @@ def main() -> None:
     parser.add_argument("--geometry", choices=NAMES, default="9B" if device == "cuda" else "nano")
     parser.add_argument("--sizes", nargs="+", help="such as 1024x1024 512x512")
     parser.add_argument("--tiers", nargs="+", choices=TIERS, default=["exact", "fast", "turbo"])
+    parser.add_argument("--references", nargs="+", type=int, default=[0], help="such as 0 1 4")
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rank", type=int, default=128, help="of the LoRA; 0 leaves it out")
@@ -333,29 +356,30 @@ def main() -> None:
 
         kernels.keep_in(Settings().kernel_cache.expanduser())
     with tempfile.TemporaryDirectory() as folder:
-        ways = ways_of(spec, device, args.tiers, args.steps, args.rank, Path(folder))
+        ways = ways_of(spec, device, args, Path(folder))
         print(
             f"{spec.name} on {torch.cuda.get_device_name() if device == 'cuda' else 'the CPU'}, "
             f"torch {torch.__version__}, {args.steps} steps, guidance 2.5, median of {args.rounds}",
             flush=True,
         )
-        for text in sizes:
-            width, height = map(int, text.split("x"))
-            measure(ways, spec, (width, height), device, args.rounds)
+        for references in args.references:
+            for text in sizes:
+                width, height = map(int, text.split("x"))
+                measure(ways, spec, Case(width, height, references), device, args.rounds)
 
 
-def measure(
-    ways: list[Way], spec: ModelSpec, size: tuple[int, int], device: str, rounds: int
-) -> None:
+def measure(ways: list[Way], spec: ModelSpec, case: Case, device: str, rounds: int) -> None:
     """Warm each way up, then let them take turns; print the table."""
     for way in ways:
-        run(way, 0, size, device)
+        run(way, 0, case, device)
         way.seconds, way.pictures, way.kernels, way.peak = [], [], 0, 0
     for number in range(1, rounds + 1):
         for way in ways:
-            run(way, number, size, device)
-    print(f"\n{size[0]}×{size[1]}: {teraflops(spec, size):.4g} TFLOP a forward")
-    for line in table(ways, spec, size, device):
+            run(way, number, case, device)
+    work = teraflops(spec, case)
+    beside = f", {case.references} references" if case.references else ""
+    print(f"\n{case.width}×{case.height}{beside}: {work:.4g} TFLOP a forward")
+    for line in table(ways, work, device):
         print(line)
     for way in ways:
         if way.stages:

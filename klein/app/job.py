@@ -78,9 +78,11 @@ class Output:
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One job of one `owner`. `started` and `ended` are seconds since `created`; `error` is in the
-    wire shape, since an exception would keep every frame it went through; `task` is gone at the
-    end, since it would keep the images.
+    """One job of one `owner`.
+
+    `started` and `ended` are seconds since `created`; `due` is when it should end, on the clock of
+    time.monotonic. `error` is in the wire shape, since an exception would keep every frame that it
+    went through, and `task` is gone at the end, since it would keep the images.
     """
 
     owner: str | None
@@ -101,7 +103,7 @@ class Job:
     status: Status = Status.STARTING
     params: GenerationParams | None = None
     queue_position: int | None = None
-    seconds_left: float | None = None
+    due: float | None = None
     progress: dict[str, Any] | None = None
     output: Output | None = None
     images_dropped: bool = False
@@ -119,6 +121,15 @@ class Job:
     def age(self) -> float:
         """Seconds since it was created."""
         return time.monotonic() - self.context.submitted
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until its end, as far as measured step times tell."""
+        return None if self.due is None else round(max(0.0, self.due - time.monotonic()), 2)
+
+    def expect(self, seconds: float | None) -> None:
+        """Take note of an estimate of the seconds left."""
+        self.due = None if seconds is None else time.monotonic() + seconds
 
     @property
     def image_bytes(self) -> int:

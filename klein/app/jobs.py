@@ -8,9 +8,7 @@ Everything here belongs to one event loop; progress and previews hop to it from 
 """
 
 import asyncio
-import base64
 import contextlib
-import io
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -40,16 +38,13 @@ from klein.errors import (
     QueueFull,
 )
 from klein.output import response
+from klein.output.images import PREVIEW_EVERY, preview_uri
 from klein.output.response import EncodedImage
 
 log = logging.getLogger(__name__)
 
 MAX_JOBS = 1000
 """Jobs that are known, finished ones with them; the oldest of those go first."""
-PREVIEW_EVERY = 4
-"""Steps from one preview to the next."""
-PREVIEW_SIDE = 256
-"""Pixels of a preview's longer side, at most."""
 FETCH_EVERY = 0.5
 """Seconds between two reports on a LoRA that is being fetched."""
 
@@ -253,14 +248,14 @@ class JobRegistry:
                 job.queue_position, job.params = places[job.context.id]
                 wait = times.wait(queue, job.queue_position - 1)
                 own = times.seconds(job.params)
-                job.seconds_left = None if wait is None or own is None else wait + own
+                job.expect(None if wait is None or own is None else wait + own)
             if job.status is Status.STARTING and (job is newcomer or job.queue_position != before):
                 self._tell_status(job)
 
     def _on_start(self, job: Job, params: GenerationParams | None) -> None:
         job.status, job.started = Status.PROCESSING, job.age
         job.queue_position, job.params = None, params
-        job.seconds_left = self._generator.step_times.seconds(params) if params else None
+        job.expect(self._generator.step_times.seconds(params) if params else None)
         self._tell_status(job)
         self._send(job, "start")
 
@@ -271,18 +266,16 @@ class JobRegistry:
         if job.status is Status.STARTING and not fetching:
             self._on_start(job, job.params)  # it was drawn before anybody looked at the queue
         if job.params is not None and not fetching:
-            times = self._generator.step_times
-            job.seconds_left = times.seconds(job.params, progress.fraction)
-        job.progress = {**asdict(progress), "seconds_left": _rounded(job.seconds_left)}
+            job.expect(self._generator.step_times.seconds(job.params, progress.fraction))
+        job.progress = {**asdict(progress), "seconds_left": job.seconds_left}
         job.events.append("progress", job.progress)
 
     def _on_preview(self, job: Job, preview: Preview) -> None:
         if not job.over and job.accepted:
             told = {"step": preview.step, "steps": preview.steps, "image": preview.image}
-            job.events.append("preview", {**told, "url": _data_uri(preview)})
+            job.events.append("preview", {**told, "url": preview_uri(preview.picture)})
 
     def _tell_status(self, job: Job) -> None:
-        job.seconds_left = _rounded(job.seconds_left)
         job.events.append(
             "status",
             {
@@ -314,7 +307,7 @@ class JobRegistry:
             job.status = Status.FAILED
             job.error = _klein_error(job, error).as_dict(job.context.id)
         del job.task
-        job.ended, job.queue_position, job.seconds_left = job.age, None, None
+        job.ended, job.queue_position, job.due = job.age, None, None
         if job.started is None and job.output is not None:
             job.started = job.ended
         job.events.close(LAST_EVENTS[job.status], job.as_dict())
@@ -374,16 +367,3 @@ def _encode(id: str, generated: Generated, links: bool) -> Output:
     if links:
         del body["parameters"]["return_type"]
     return Output(body, tuple(images))
-
-
-def _data_uri(preview: Preview) -> str:
-    """A preview as a small JPEG in itself."""
-    picture = preview.picture.copy()
-    picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
-    out = io.BytesIO()
-    picture.save(out, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
-
-
-def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, 2)

@@ -16,10 +16,11 @@ from typing import Any
 
 from klein.app import build
 from klein.app.generator import Generator
-from klein.core import Progress
+from klein.core import Preview, PreviewRequest, Progress
 from klein.engine.engine import State
 from klein.errors import InternalError, InvalidRequest, KleinError
-from klein.output import response
+from klein.output import images, response
+from klein.output.images import PREVIEW_EVERY
 from klein.request.schema import parse
 from klein.settings import Settings
 
@@ -29,6 +30,8 @@ RunpodJob = dict[str, Any]
 Send = Callable[[RunpodJob, dict[str, Any]], Awaitable[None]]
 PROGRESS_EVERY = 1.0
 """Seconds between two progress posts of a job."""
+POST_SECONDS = 5.0
+"""Of one post; a platform that hangs does not withhold a finished image."""
 
 
 class Worker:
@@ -62,9 +65,11 @@ class Worker:
         data = runpod_job.get("input")
         if not isinstance(data, dict):
             raise InvalidRequest("input: send an object such as {'prompt': 'a portrait'}")
-        request = parse(data)
+        wants_previews = _wants_previews(data)
+        request = parse({name: value for name, value in data.items() if name != "progress"})
         async with _ProgressFeed(lambda update: self._send(runpod_job, update)) as feed:
-            context = self._generator.context(request_id, feed.push)
+            previews = PreviewRequest(feed.show, every=PREVIEW_EVERY) if wants_previews else None
+            context = self._generator.context(request_id, feed.push, previews)
             generated = await self._generator.run(request, context)
         return await asyncio.to_thread(
             response.to_json_within,
@@ -75,12 +80,21 @@ class Worker:
         )
 
 
+def _wants_previews(data: dict[str, Any]) -> bool:
+    """Whether the input's `progress` asks for images on the way; raises InvalidRequest."""
+    asked = data.get("progress", "steps")
+    if asked not in ("steps", "previews"):
+        raise InvalidRequest("progress: must be 'steps' or 'previews'", field="progress")
+    return bool(asked == "previews")
+
+
 class _ProgressFeed:
     """Posts the newest progress about once a second; leaving it waits for the post in flight."""
 
     def __init__(self, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
         self._send = send
         self._newest: Progress | None = None
+        self._preview: Preview | None = None
         self._news = asyncio.Event()
         self._closing = asyncio.Event()
 
@@ -98,6 +112,10 @@ class _ProgressFeed:
         """Callable from any thread."""
         self._newest = progress
         self._loop.call_soon_threadsafe(self._news.set)
+
+    def show(self, preview: Preview) -> None:
+        """The newest preview goes out with the next update; callable from any thread."""
+        self._preview = preview
 
     async def _pump(self) -> None:
         while True:
@@ -121,8 +139,11 @@ class _ProgressFeed:
             "images": progress.images,
             "percent": round(100 * progress.fraction),
         }
+        preview, self._preview = self._preview, None
+        if preview is not None:
+            update["preview"] = await asyncio.to_thread(images.preview_uri, preview.picture)
         try:
-            await self._send(update)
+            await asyncio.wait_for(self._send(update), POST_SECONDS)
         except Exception as error:  # progress is a courtesy: a job must not fail for it
             log.warning("progress was not delivered (%s)", type(error).__name__)
 

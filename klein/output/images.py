@@ -4,6 +4,7 @@ PNG carries it in the `parameters` text chunk, JPEG and WebP in the EXIF user co
 where A1111, Civitai and their kin look.
 """
 
+import base64
 import io
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 _UNICODE = b"UNICODE\x00"
+PREVIEW_EVERY = 4
+"""Steps from one preview to the next."""
+PREVIEW_SIDE = 256
+"""Pixels of a preview's longer side, at most."""
 
 
 def encode(image: "Image", fmt: OutputFormat, quality: int, text: str) -> bytes:
@@ -31,6 +36,15 @@ def encode(image: "Image", fmt: OutputFormat, quality: int, text: str) -> bytes:
     else:
         image.save(out, "WEBP", quality=quality, lossless=fmt.is_exact(quality), exif=_exif(text))
     return out.getvalue()
+
+
+def preview_uri(image: "Image") -> str:
+    """An image as a small JPEG in a data URI."""
+    small = image.copy()
+    small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+    out = io.BytesIO()
+    small.save(out, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def read_text(data: bytes) -> str:

@@ -38,8 +38,9 @@ def _kind(value: bool | str) -> str:
     return "true or false" if isinstance(value, bool) else "text"
 
 
-Integer = Annotated[int, BeforeValidator(_number)]
-Number = Annotated[float, BeforeValidator(_number)]
+NUMBER = BeforeValidator(_number)
+Scale = Annotated[float, Field(ge=SCALE_RANGE[0], le=SCALE_RANGE[1]), NUMBER]
+Margin = Annotated[int, Field(ge=0, le=4096), NUMBER]
 
 
 def _one_of(kind: str, names: Iterable[str], aliases: dict[str, str] | None = None) -> Any:
@@ -113,10 +114,8 @@ class LoraRequest(_Strict):
         description="`name.safetensors` in the LoRA folder, `owner/repo[@revision]` on the Hub, "
         "an https address, or `civitai:VERSION`",
     )
-    scale: Number | None = Field(
+    scale: Scale | None = Field(
         None,
-        ge=SCALE_RANGE[0],
-        le=SCALE_RANGE[1],
         description="1 is as trained; the file's own default if left out",
     )
     weight_name: str | None = Field(
@@ -131,10 +130,10 @@ class LoraRequest(_Strict):
 class ExtendRequest(_Strict):
     """Pixels that the init image grows by on each side."""
 
-    left: Integer = Field(0, ge=0, le=4096)
-    right: Integer = Field(0, ge=0, le=4096)
-    top: Integer = Field(0, ge=0, le=4096)
-    bottom: Integer = Field(0, ge=0, le=4096)
+    left: Margin = 0
+    right: Margin = 0
+    top: Margin = 0
+    bottom: Margin = 0
 
 
 InputSource = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
@@ -155,20 +154,24 @@ class GenerateRequest(_Strict):
     preset: PresetName | None = Field(  # type: ignore[valid-type]
         None, description=f"named defaults; `{presets.DEFAULT_PRESET}` if left out"
     )
-    width: Integer | None = Field(
-        None, ge=1, le=8192, description="pixels; rounded to a multiple of 16, at least 64"
+    width: Annotated[int, Field(ge=1, le=8192), NUMBER] | None = Field(
+        None, description="pixels; rounded to a multiple of 16, at least 64"
     )
-    height: Integer | None = Field(
-        None, ge=1, le=8192, description="pixels; at most 4 megapixels in all, sides at most 8:1"
+    height: Annotated[int, Field(ge=1, le=8192), NUMBER] | None = Field(
+        None, description="pixels; at most 4 megapixels in all, sides at most 8:1"
     )
-    num_inference_steps: Integer | None = Field(None, ge=1, le=100, description="denoising steps")
-    guidance_scale: Number | None = Field(
-        None, ge=0, le=20, description="prompt adherence; 1 or less halves the work"
+    num_inference_steps: Annotated[int, Field(ge=1, le=100), NUMBER] | None = Field(
+        None, description="denoising steps"
     )
-    seed: Integer | None = Field(
-        None, ge=0, le=2**32 - 1, description="same seed, same picture; random if left out"
+    guidance_scale: Annotated[float, Field(ge=0, le=20), NUMBER] | None = Field(
+        None, description="prompt adherence; 1 or less halves the work"
     )
-    num_images: Integer = Field(1, ge=1, le=4, description="pictures, with seeds seed, seed+1, …")
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1), NUMBER] | None = Field(
+        None, description="same seed, same picture; random if left out"
+    )
+    num_images: Annotated[int, Field(ge=1, le=4), NUMBER] = Field(
+        1, description="pictures, with seeds seed, seed+1, …"
+    )
     loras: list[LoraRequest] = Field(
         [], max_length=MAX_LORAS, description="LoRAs with their scales, applied together"
     )
@@ -181,8 +184,8 @@ class GenerateRequest(_Strict):
     schedule: ScheduleField | None = Field(
         None, description="time shift: a name, or a number taken as mu"
     )
-    max_sequence_length: Integer | None = Field(
-        None, ge=16, le=512, description="prompt tokens read; part of a picture's identity"
+    max_sequence_length: Annotated[int, Field(ge=16, le=512), NUMBER] | None = Field(
+        None, description="prompt tokens read; part of a picture's identity"
     )
     images: list[InputSource] = Field(
         [],
@@ -190,29 +193,25 @@ class GenerateRequest(_Strict):
         description="references, which the prompt calls image 1, image 2, …: each an https "
         "address, a data URI or base64 of a PNG, JPEG or WebP",
     )
-    reference_megapixels: Number | None = Field(
-        None, ge=0.0625, le=4, description="the most a reference is used at; 1 if left out"
+    reference_megapixels: Annotated[float, Field(ge=0.0625, le=4), NUMBER] | None = Field(
+        None, description="the most a reference is used at; 1 if left out"
     )
     init_image: InputSource | None = Field(
         None, description="a picture to vary, or with mask or extend to repaint in part"
     )
-    strength: Number | None = Field(
+    strength: Annotated[float, Field(gt=0, le=1), NUMBER] | None = Field(
         None,
-        gt=0,
-        le=1,
         description="how far to go from init_image; 0.8 if left out, 1 when repainting",
     )
     mask: InputSource | None = Field(
         None,
         description="what to repaint of init_image: white, or where it has alpha, transparent",
     )
-    mask_feather: Integer | None = Field(
-        None, ge=0, le=256, description="pixels inside the mask that blend; 8 if left out"
+    mask_feather: Annotated[int, Field(ge=0, le=256), NUMBER] | None = Field(
+        None, description="pixels inside the mask that blend; 8 if left out"
     )
-    mask_padding: Integer | None = Field(
+    mask_padding: Annotated[int, Field(ge=0, le=4096), NUMBER] | None = Field(
         None,
-        ge=0,
-        le=4096,
         description="draw only the mask and so many pixels around it; all if left out",
     )
     extend: ExtendRequest | None = Field(
@@ -221,8 +220,8 @@ class GenerateRequest(_Strict):
     output_format: FormatName = Field(  # type: ignore[valid-type]
         formats.DEFAULT_FORMAT, description="picture format"
     )
-    output_quality: Integer = Field(
-        formats.DEFAULT_QUALITY, ge=1, le=100, description="of jpeg and webp"
+    output_quality: Annotated[int, Field(ge=1, le=100), NUMBER] = Field(
+        formats.DEFAULT_QUALITY, description="of jpeg and webp"
     )
     return_type: ReturnType = Field(  # type: ignore[valid-type]
         "base64", description="how JSON answers carry pictures"
@@ -230,9 +229,7 @@ class GenerateRequest(_Strict):
     lora_path: Annotated[str | None, BeforeValidator(_none_if_blank)] = Field(
         None, max_length=2000, description="klein's predecessor's way to name one LoRA"
     )
-    lora_scale: Number | None = Field(
-        None, ge=SCALE_RANGE[0], le=SCALE_RANGE[1], description="the scale of `lora_path`"
-    )
+    lora_scale: Scale | None = Field(None, description="the scale of `lora_path`")
 
     @model_validator(mode="after")
     def _whole(self) -> "GenerateRequest":

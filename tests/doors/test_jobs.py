@@ -478,8 +478,8 @@ def test_open_streams_are_bounded() -> None:
 
 
 def test_the_pages_examples_run(client: Client, tmp_path: Path) -> None:
-    """Every command of docs/http-jobs.md, in order, in one shell."""
-    page = (Path(__file__).parents[2] / "docs/http-jobs.md").read_text()
+    """Every command of docs/jobs.md, in order, in one shell."""
+    page = (Path(__file__).parents[2] / "docs/jobs.md").read_text()
     blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
     assert len(blocks) >= 4
     script = "set -euo pipefail\n" + "\n".join(blocks)

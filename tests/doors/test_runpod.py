@@ -2,6 +2,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +26,19 @@ class Platform:
         self.updates.append(update)
         await asyncio.sleep(self.delay)
         self.finished += 1
+
+
+class SlowSteps(fakes.FakePipeline):
+    """Takes a moment for every step."""
+
+    def generate(self, job: Any) -> Any:
+        heard = job.context.on_progress
+
+        def slowly(progress: Any) -> None:
+            time.sleep(0.01)
+            heard(progress)
+
+        return super().generate(replace(job, context=replace(job.context, on_progress=slowly)))
 
 
 @pytest.fixture
@@ -134,6 +148,33 @@ def test_progress_that_cannot_be_delivered_costs_nothing(generator: Generator) -
             raise ConnectionError
 
     assert _handle(_worker(generator, Broken()), {"prompt": "x"})["images"]
+
+
+def test_progress_can_carry_previews(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As small JPEGs, only where they are asked for, each sent once."""
+    monkeypatch.setattr(runpod, "PROGRESS_EVERY", 0.01)
+    for asked in ("steps", "previews"):
+        platform = Platform(delay=0.02)
+        slow = fakes.generator(SlowSteps())
+        given = {"prompt": "x", "num_inference_steps": 40, "progress": asked}
+        assert _handle(_worker(slow, platform), given)["images"]
+        slow.stop()
+        seen = [update["preview"] for update in platform.updates if "preview" in update]
+        assert bool(seen) is (asked == "previews")
+        assert len(set(seen)) == len(seen)
+        assert all(each.startswith("data:image/jpeg;base64,") for each in seen)
+    answer = _handle(_worker(generator), {"prompt": "x", "progress": "films"})
+    assert "progress: must be" in answer["error"]
+
+
+def test_a_platform_that_hangs_withholds_nothing(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image is finished; a post of progress that never ends is given up."""
+    monkeypatch.setattr(runpod, "POST_SECONDS", 0.2)
+    started = time.monotonic()
+    assert _handle(_worker(generator, Platform(delay=60)), {"prompt": "x"})["images"]
+    assert time.monotonic() - started < 5
 
 
 def test_cancel_frees_the_gpu_before_the_next_job(

@@ -20,7 +20,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not torch.cuda.is_available() and not INTERPRETED:
     pytest.skip("no GPU here", allow_module_level=True)
 
-from klein import kernels  # noqa: E402
+from klein.inference.acceleration import kernels  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = [(192, 6, 32, 576), (256, 2, 128, 768)] + ([] if INTERPRETED else [(4096, 32, 128, 12288)])

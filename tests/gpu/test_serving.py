@@ -17,14 +17,10 @@ if not torch.cuda.is_available():
 
 from klein.core import GenerationResult
 from klein.errors import InvalidRequest, OutOfMemory
-from klein.inference import assemble as assembly
+from klein.inference import assemble, memory
 from klein.inference.acceleration import kernels
 from klein.inference.pipeline import KleinPipeline
-from klein.lora.library import LoraLibrary
-from klein.models import plan as preflight
-from klein.models.machine import Machine
-from klein.settings import Settings
-from tests.model.conftest import drawer, load
+from tests.model.conftest import drawer, load, planned, with_loras
 
 LORAS = Path("klein/nano/loras")
 ZIBBO = {"path": "zibbo.safetensors", "scale": 1.0}
@@ -101,18 +97,15 @@ def test_nothing_compiles_after_the_start(tmp_path: Path) -> None:
         {"schedule": "linear"},
     ):
         draw(**{**REQUEST, **values})
-    assert kernels.Compilations.count == count == pipe.facts()["kernels_compiled"]
+    assert kernels.Compilations.count == count == pipe.stats().kernels_compiled
 
 
 def test_float8_beside_originals_in_main_memory(tmp_path: Path) -> None:
     """The same bits as with both on the GPU, LoRAs included."""
-    chosen = Settings.from_env(
-        {"MODEL_ID": "nano", "KLEIN_SPEED": "fast", "KLEIN_KERNEL_CACHE": str(tmp_path)}
-    )
-    plan = preflight.plan(chosen, Machine.probe({}))
-    tight = assembly.load(replace(plan, roomy=False), chosen, LoraLibrary(LORAS, None))
-    roomy = assembly.load(plan, chosen, LoraLibrary(LORAS, None))
-    linear = tight._pipe.transformer.transformer_blocks[0].attn.to_q
+    plan, settings = planned("nano", KLEIN_SPEED="fast", KLEIN_KERNEL_CACHE=str(tmp_path))
+    tight = with_loras(assemble.load(replace(plan, roomy=False), settings), LORAS)
+    roomy = with_loras(assemble.load(plan, settings), LORAS)
+    linear = tight.parts.transformer.transformer_blocks[0].attn.to_q
     assert (linear.weight.device.type, linear.float8.device.type) == ("cpu", "cuda")
     for values in ({}, {"loras": [ZIBBO]}, {}):
         assert _gap(drawer(tight)(**REQUEST, **values), drawer(roomy)(**REQUEST, **values)) == 0
@@ -136,7 +129,7 @@ def test_running_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     held = leave(1.5e9)
     with pytest.raises(InvalidRequest, match=r"2048×2048 needs about 3\.9 GB"):
         draw(**big)
-    monkeypatch.setattr(pipe, "_admit", lambda _: None)
+    monkeypatch.setattr(memory, "require_room", lambda *_: None)
     del held
     held = leave(0.05 * need)
     with pytest.raises(OutOfMemory, match="twice"):

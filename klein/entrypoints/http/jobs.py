@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import re
+from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query, Request
@@ -13,6 +14,7 @@ from klein.app.job import WEBHOOK_EVENTS, Job, JobSpec, WebhookEvent
 from klein.app.jobs import JobRegistry
 from klein.entrypoints.http.events import EventStream, last_event_id
 from klein.errors import InvalidRequest, NotReady
+from klein.request.formats import FORMATS
 from klein.request.schema import GenerateRequest
 
 router = APIRouter(tags=["jobs"])
@@ -21,6 +23,7 @@ MAX_WAIT = 60
 """Seconds of `Prefer: wait`, at most."""
 MAX_PAGE = 100
 MAX_IMAGES = 1000
+IMAGES: dict[str, dict[str, Any]] = {row.mime_type: {} for row in FORMATS.values()}
 
 JobId = Annotated[
     str, Path(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="letters, digits, `_` and `-`")
@@ -29,6 +32,11 @@ Prefer = Annotated[
     str | None,
     Header(max_length=200, description="`wait=N` waits up to N (1 to 60) seconds for the end"),
 ]
+
+
+def _answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What a route answers with beside its success, for the OpenAPI document."""
+    return {status: {"description": HTTPStatus(status).phrase} for status in statuses}
 
 
 class JobRequest(BaseModel):
@@ -46,19 +54,19 @@ class JobRequest(BaseModel):
     previews: bool = Field(True, description="whether small images are sent while it is drawn")
 
 
-@router.post("/jobs", status_code=202)
+@router.post("/jobs", status_code=202, responses=_answers(200, 400, 429, 503))
 async def create_job(request: Request, body: JobRequest, prefer: Prefer = None) -> Response:
     """Start a job: 202, or 200 if it ended within `Prefer: wait=N` seconds."""
     return await _create(request, body, prefer, None)
 
 
-@router.put("/jobs/{id}", status_code=202)
+@router.put("/jobs/{id}", status_code=202, responses=_answers(200, 400, 409, 429, 503))
 async def put_job(request: Request, id: JobId, body: JobRequest, prefer: Prefer = None) -> Response:
     """Start a job of your own id. The same body again is the same job, another one 409."""
     return await _create(request, body, prefer, id)
 
 
-@router.get("/jobs")
+@router.get("/jobs", responses=_answers(400, 503))
 async def list_jobs(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 20,
@@ -70,19 +78,23 @@ async def list_jobs(
     return JSONResponse({"results": [job.as_dict() for job in jobs], "next": link})
 
 
-@router.get("/jobs/{id}")
+@router.get("/jobs/{id}", responses=_answers(400, 404, 503))
 async def get_job(request: Request, id: JobId) -> Response:
     """A job as it is now."""
     return await _answer(_registry(request).get(_caller(request), id))
 
 
-@router.post("/jobs/{id}/cancel")
+@router.post("/jobs/{id}/cancel", responses=_answers(400, 404, 409, 503))
 async def cancel_job(request: Request, id: JobId) -> Response:
     """Stop a job within one step; 409 if it is over."""
     return await _answer(await _registry(request).cancel(_caller(request), id))
 
 
-@router.get("/jobs/{id}/events")
+@router.get(
+    "/jobs/{id}/events",
+    response_class=Response,
+    responses={200: {"content": {"text/event-stream": {}}}, **_answers(204, 400, 404, 429, 503)},
+)
 async def job_events(
     request: Request,
     id: JobId,
@@ -98,7 +110,11 @@ async def job_events(
     return EventStream(job.events, after, registry.stream(owner))
 
 
-@router.get("/jobs/{id}/images/{n}")
+@router.get(
+    "/jobs/{id}/images/{n}",
+    response_class=Response,
+    responses={200: {"content": IMAGES}, **_answers(400, 404, 503)},
+)
 async def job_image(
     request: Request, id: JobId, n: Annotated[int, Path(ge=0, le=MAX_IMAGES)]
 ) -> Response:
