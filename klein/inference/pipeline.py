@@ -45,7 +45,7 @@ from klein.models.samplers import DEFAULT_SAMPLER, SAMPLERS
 from klein.models.schedule import mu_of
 from klein.models.speed import STEP_SKIPPING
 from klein.settings import Settings
-from klein.sources.reference import redacted
+from klein.sources.address import redacted
 
 log = logging.getLogger(__name__)
 

@@ -118,7 +118,9 @@ def hub(
                     ]
                 ).encode()
                 return 200, {"content-type": "application/json"}, body
-            siblings = [{"rfilename": name} for name in files]
+            siblings = [
+                _sibling(name, data, sizes.get(repo, len(data))) for name, data in files.items()
+            ]
             body = json.dumps({"id": repo, "sha": commit, "siblings": siblings}).encode()
             return 200, {"content-type": "application/json"}, body
         revision, _, name = path.partition("/resolve/")[2].partition("/")
@@ -143,6 +145,13 @@ def hub(
 
 def _port(seen: Seen) -> int | None:
     return urlsplit(f"//{seen.headers['host']}").port
+
+
+def _sibling(name: str, data: bytes, size: int | None) -> dict[str, Any]:
+    """A row of a repository's list of files, as `?blobs=true` asks for it."""
+    lfs = _lfs(name, data).get("lfs", {})
+    told = {"sha256": lfs.get("oid"), "pointerSize": 135} | ({} if size is None else {"size": size})
+    return {"rfilename": name} | ({"lfs": told} if lfs else {"size": len(data)})
 
 
 def _lfs(name: str, data: bytes) -> dict[str, Any]:
