@@ -103,7 +103,7 @@ def test_nothing_compiles_after_the_start(tmp_path: Path) -> None:
 def test_float8_beside_originals_in_main_memory(tmp_path: Path) -> None:
     """The same bits as with both on the GPU, LoRAs included."""
     plan, settings = planned("nano", KLEIN_SPEED="fast", KLEIN_KERNEL_CACHE=str(tmp_path))
-    tight = with_loras(assemble.load(replace(plan, roomy=False), settings), LORAS)
+    tight = with_loras(assemble.load(replace(plan, originals_fit=False), settings), LORAS)
     roomy = with_loras(assemble.load(plan, settings), LORAS)
     linear = tight.parts.transformer.transformer_blocks[0].attn.to_q
     assert (linear.weight.device.type, linear.float8.device.type) == ("cpu", "cuda")
