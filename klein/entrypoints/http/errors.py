@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, assert_never
+from typing import Any, Literal, assert_never, cast
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -50,6 +50,8 @@ def http_status(code: ErrorCode) -> int:
             return 500
         case ErrorCode.DELIVERY_FAILED | ErrorCode.IMAGE_UNAVAILABLE:
             return 502
+        case ErrorCode.LORA_UNAVAILABLE:
+            return 503
         case ErrorCode.NOT_READY | ErrorCode.MODEL_UNAVAILABLE | ErrorCode.OUT_OF_MEMORY:
             return 503
         case ErrorCode.DEADLINE_EXCEEDED:
@@ -76,6 +78,7 @@ class ErrorResponse(JSONResponse):
         self._detail = detail
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer in the words of the route that was asked."""
         if scope["path"].startswith(OPENAI_PATHS):
             detail = openai_detail(self._detail, self.status_code)
             self.body = self.render({"error": detail})
@@ -150,31 +153,32 @@ OPENAI_ERRORS = _described(OpenAIErrorBody)
 
 def install(app: FastAPI) -> None:
     """Give what routes raise, and what FastAPI refuses by itself, the same shape."""
-    app.add_exception_handler(KleinError, _on_klein_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid)
-    app.add_exception_handler(HTTPException, _on_http)
+    # Starlette's types want handlers of any exception, though each hears of its own kind only.
+    for kind, handler in (
+        (KleinError, _on_klein_error),
+        (RequestValidationError, _on_invalid),
+        (HTTPException, _on_http),
+    ):
+        app.add_exception_handler(kind, cast("Any", handler))
 
 
-async def _on_klein_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, KleinError)
+async def _on_klein_error(request: Request, error: KleinError) -> Response:
     generator = request.app.state.generator
     full = error.code is ErrorCode.QUEUE_FULL and generator is not None
     id = getattr(request.state, "request_id", None)
     return error_response(error, id, generator.retry_after() if full else None)
 
 
-async def _on_invalid(_: Request, error: Exception) -> Response:
+async def _on_invalid(_: Request, error: RequestValidationError) -> Response:
     """The field without the part of the request that it is in."""
-    assert isinstance(error, RequestValidationError)
     errors = [{**row, "loc": row["loc"][1:]} for row in error.errors()]
     if errors[0]["type"] == "json_invalid":
         return error_response(InvalidRequest("the body is not JSON"))
     return error_response(invalid(errors))
 
 
-async def _on_http(_: Request, error: Exception) -> Response:
+async def _on_http(_: Request, error: HTTPException) -> Response:
     """Unknown paths and methods."""
-    assert isinstance(error, HTTPException)
     detail = {
         "code": {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http"),
         "message": str(error.detail),

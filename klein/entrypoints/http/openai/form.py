@@ -87,10 +87,12 @@ class _BoundedParser(MultiPartParser):
     """Ends at the first byte too many of a file."""
 
     def on_part_begin(self) -> None:
+        """Count from 0."""
         self._size = 0
         super().on_part_begin()
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        """Raises RequestTooLarge."""
         self._size += end - start
         if self._size > MAX_BYTES:
             name = self._current_part.field_name[:80]

@@ -5,7 +5,6 @@ import json
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator
-from functools import partial
 from typing import Any
 
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
@@ -32,13 +31,17 @@ class Drawing:
         self._id = id
         self._news: asyncio.Queue[Preview | None] = asyncio.Queue()
         self._stirred = asyncio.Event()
-        receive = partial(asyncio.get_running_loop().call_soon_threadsafe, self._hear)
-        wanted = PreviewRequest(receive, decoded=asked.partial_images)
+        self._loop = asyncio.get_running_loop()
+        wanted = PreviewRequest(self._receive, decoded=asked.partial_images)
         context = generator.context(id, previews=wanted if asked.partial_images else None)
         self._work = asyncio.create_task(
             run_while_connected(generator, asked.request, context, request)
         )
         self._work.add_done_callback(self._ended)
+
+    def _receive(self, preview: Preview) -> None:
+        """Callable in any thread."""
+        self._loop.call_soon_threadsafe(self._hear, preview)
 
     def _hear(self, news: Preview | None) -> None:
         self._news.put_nowait(news)
