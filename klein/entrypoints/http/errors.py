@@ -1,7 +1,7 @@
 """klein's errors over HTTP: one status for each code, one shape for all."""
 
 import math
-from typing import Any, assert_never
+from typing import Any, assert_never, cast
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -95,30 +95,31 @@ ERRORS = _described()
 
 def install(app: FastAPI) -> None:
     """Give what routes raise, and what FastAPI refuses by itself, the same shape."""
-    app.add_exception_handler(KleinError, _on_klein_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid)
-    app.add_exception_handler(HTTPException, _on_http)
+    # Starlette's types want handlers of any exception, though each hears of its own kind only.
+    for kind, handler in (
+        (KleinError, _on_klein_error),
+        (RequestValidationError, _on_invalid),
+        (HTTPException, _on_http),
+    ):
+        app.add_exception_handler(kind, cast("Any", handler))
 
 
-async def _on_klein_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, KleinError)
+async def _on_klein_error(request: Request, error: KleinError) -> Response:
     generator = request.app.state.generator
     full = error.code is ErrorCode.QUEUE_FULL and generator is not None
     return error_response(error, retry_after=generator.retry_after() if full else None)
 
 
-async def _on_invalid(_: Request, error: Exception) -> Response:
+async def _on_invalid(_: Request, error: RequestValidationError) -> Response:
     """The field without the part of the request that it is in."""
-    assert isinstance(error, RequestValidationError)
     errors = [{**row, "loc": row["loc"][1:]} for row in error.errors()]
     if errors[0]["type"] == "json_invalid":
         return error_response(InvalidRequest("the body is not JSON"))
     return error_response(invalid(errors))
 
 
-async def _on_http(_: Request, error: Exception) -> Response:
+async def _on_http(_: Request, error: HTTPException) -> Response:
     """Unknown paths and methods."""
-    assert isinstance(error, HTTPException)
     detail = {
         "code": {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http"),
         "message": str(error.detail),

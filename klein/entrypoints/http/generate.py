@@ -101,7 +101,7 @@ async def run_while_connected(
     work = asyncio.create_task(generator.run(asked, context))
 
     async def watch() -> None:
-        while not await request.is_disconnected():
+        while not await request.is_disconnected():  # noqa: ASYNC110 (ASGI has nothing to wait for)
             await asyncio.sleep(DISCONNECT_POLL)
         work.cancel()
 
