@@ -83,12 +83,6 @@ class _Answer:
             return None, None
         return int(hit[1]) if hit[1] else None, int(hit[2]) if hit[2] != "*" else None
 
-    @property
-    def tag(self) -> str:
-        """The strong ETag, or nothing."""
-        told = self.headers.get("etag", "")
-        return told if _ETAG.fullmatch(told) else ""
-
 
 @dataclass(frozen=True, slots=True)
 class Fetcher:
@@ -184,7 +178,7 @@ class Fetcher:
             total = None if answer.length is None else have + answer.length
             check_size(answer.host, total or 0)
             reserve(total or STEP_BYTES)
-            part.with_suffix(".tag").write_text(answer.tag)
+            part.with_suffix(".tag").write_text(answer.headers.get("etag", ""))
             have = _write(answer, part, have, total, watch, reserve)
         if have != (total or have) or have != (offer.size or have):
             raise FetchFailed(
@@ -279,7 +273,8 @@ def _write(
 
 
 def _begun(part: Path) -> tuple[str, int]:
-    """The tag and the size of what an earlier attempt left; nothing without a tag."""
+    """The tag and the size of what an earlier attempt left; nothing without a strong tag that can
+    be sent back."""
     with suppress(OSError, ValueError):
         tag = part.with_suffix(".tag").read_text()
         if _ETAG.fullmatch(tag):
