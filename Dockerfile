@@ -2,33 +2,33 @@
 # `bentoml containerize` makes: the same bento in the same places, with the same entrypoint and
 # environment (tests/bundle compares them). Only the default differs: it starts as a RunPod worker.
 
-FROM python:3.11-slim AS bento
-WORKDIR /project
-COPY requirements.txt ./
-# What `bentoml build` imports of klein, at the versions of requirements.txt.
-RUN pip install --no-cache-dir --root-user-action=ignore -c requirements.txt \
-    bentoml pillow pydantic starlette nvidia-ml-py
-COPY . .
-RUN BENTOML_HOME=/bentoml BENTOML_DO_NOT_TRACK=True bentoml build \
-    && mv "$(dirname /bentoml/bentos/klein/*/bento.yaml)" /bento
-
-FROM python:3.11-slim
+FROM python:3.11-slim AS packages
 ENV LANG=C.UTF-8 LC_ALL=C.UTF-8 PYTHONIOENCODING=UTF-8 PYTHONUNBUFFERED=1
 RUN groupadd -g 1034 bentoml && useradd -m -r -u 1034 -g 1034 bentoml
 # A C compiler for Triton's kernels.
 RUN apt-get update \
     && apt-get install -q -y --no-install-recommends ca-certificates build-essential \
     && rm -rf /var/lib/apt/lists/*
-RUN pip install --no-cache-dir --root-user-action=ignore uv \
+RUN pip install --no-cache-dir --root-user-action=ignore uv==0.13.9 \
     && uv venv --python 3.11 /app/.venv
+ENV VIRTUAL_ENV=/app/.venv \
+    UV_COMPILE_BYTECODE=1 \
+    UV_NO_PROGRESS=1 \
+    PATH=/app/.venv/bin:$PATH
+COPY requirements.lock /app/
+RUN uv pip install --no-cache -r /app/requirements.lock
+
+FROM packages AS bento
+WORKDIR /project
+COPY . .
+RUN BENTOML_HOME=/bentoml BENTOML_DO_NOT_TRACK=True bentoml build \
+    && mv "$(dirname /bentoml/bentos/klein/*/bento.yaml)" /bento
+
+FROM packages
 ENV BENTO_PATH=/home/bentoml/bento \
     BENTOML_HOME=/home/bentoml/ \
     BENTOML_HF_CACHE_DIR=/home/bentoml/bento/hf-models \
     BENTOML_CONTAINERIZED=true \
-    VIRTUAL_ENV=/app/.venv \
-    UV_COMPILE_BYTECODE=1 \
-    UV_NO_PROGRESS=1 \
-    PATH=/app/.venv/bin:$PATH \
     PYTHONPATH=/home/bentoml/bento/src \
     MODEL_ID=black-forest-labs/FLUX.2-klein-base-9B \
     HF_HOME=/cache/huggingface \
@@ -41,8 +41,6 @@ ENV BENTO_PATH=/home/bentoml/bento \
     BENTOML_DO_NOT_TRACK=True \
     HF_HUB_DISABLE_TELEMETRY=1
 WORKDIR /home/bentoml/bento
-COPY --from=bento /bento/env/python ./env/python/
-RUN uv pip install --no-cache -r env/python/requirements.txt
 ARG FLASH_ATTN=off
 ENV FLASH_ATTN=$FLASH_ATTN
 COPY --from=bento /bento/env/docker ./env/docker/

@@ -1,4 +1,4 @@
-"""Everything that can go wrong, as a tree. It knows no HTTP; each door maps `ErrorCode` itself.
+"""Everything that can go wrong, as a tree. It knows no HTTP; each entrypoint maps `ErrorCode` itself.
 
 KleinError
 ├── InvalidRequest       the caller's fault; `field` names what to change

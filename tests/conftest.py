@@ -1,23 +1,26 @@
-"""Unit and door tests run where torch cannot be imported: the house must stand without it."""
+"""Tests outside the heavy folders run where torch cannot be imported."""
 
 import os
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate")
+TORCH = ("torch", "diffusers", "transformers", "peft", "accelerate")
+HEAVY = ("model", "bundle", "gpu")
+"""The folders whose tests need torch; the Makefile has the same names."""
 
 
 class _Blocker(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name.split(".")[0] in HEAVY:
+        if name.split(".")[0] in TORCH:
             raise ImportError(f"{name} is not importable in these tests")
         return None
 
@@ -28,9 +31,15 @@ settings.register_profile("long", settings.get_profile("quick"), max_examples=30
 settings.load_profile("quick")
 
 
+def _is_heavy(argument: str) -> bool:
+    """Whether a path given to pytest is in a heavy folder, or holds one."""
+    path = Path(argument.partition("::")[0]).resolve()
+    folders = [Path(__file__).parent / name for name in HEAVY]
+    return any(path.is_relative_to(folder) or folder.is_relative_to(path) for folder in folders)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["BENTOML_DO_NOT_TRACK"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"
-    light = ("tests/unit", "tests/doors")
-    if all(str(arg).startswith(light) for arg in config.args):
+    if not any(_is_heavy(str(arg)) for arg in config.args):
         sys.meta_path.insert(0, _Blocker())

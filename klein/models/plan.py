@@ -25,7 +25,7 @@ class Plan:
     """What to load: `source` is a folder, or a Hub id to `download`; `why` explains the placement.
 
     `target` is what draws, `acceleration` is what is put on it, `found_in` says in words where
-    the weights are, `roomy` whether float8 copies fit on the GPU beside their originals.
+    the weights are, `originals_fit` whether float8 copies fit on the GPU beside their originals.
     """
 
     source: str
@@ -38,12 +38,17 @@ class Plan:
     found_in: str
     local: bool = False
     download: bool = False
-    roomy: bool = True
+    originals_fit: bool = True
 
     @property
     def device(self) -> Kind:
         """The kind of the target."""
         return self.target.kind
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU draws."""
+        return self.target.kind == "cuda"
 
     @property
     def read_to(self) -> str:
@@ -53,7 +58,7 @@ class Plan:
     @property
     def transformer_to(self) -> str:
         """The device that the transformer is read to: originals of float8 copies may not fit."""
-        return "cpu" if self.acceleration.has("float8") and not self.roomy else self.read_to
+        return "cpu" if self.acceleration.has("float8") and not self.originals_fit else self.read_to
 
 
 def plan(settings: Settings, machine: Machine) -> Plan:
@@ -80,7 +85,7 @@ def plan(settings: Settings, machine: Machine) -> Plan:
         found_in=found.place if found else "the Hugging Face Hub, to be downloaded",
         local=found is not None and found.place == LOCAL,
         download=found is None,
-        roomy=device.kind == "cpu" or _both_fit(spec, machine),
+        originals_fit=device.kind == "cpu" or _both_fit(spec, machine),
     )
 
 

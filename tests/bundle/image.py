@@ -25,7 +25,6 @@ from typing import Any
 from PIL import Image
 
 from tests.bundle import export
-from tests.model.test_live import Platform
 from tests.support import live, servers
 
 JOB = json.loads((live.ROOT / "test_input.json").read_text())
@@ -37,6 +36,8 @@ WORKER = {
     "RUNPOD_SKIP_GPU_CHECK": "true",
 }
 STRANGER = "12345:12345"
+Options = tuple[str, ...]
+Variables = dict[str, str] | None
 Shot = Callable[["Bench"], str]
 
 
@@ -48,15 +49,17 @@ class Bench:
         self.network = (f"--network={network}",) if network else ()
         self.served: bytes | None = None
 
-    def argv(self, *command: str, options: tuple[str, ...] = (), **env: str) -> list[str]:
+    def argv(self, *command: str, options: Options = (), env: Variables = None) -> list[str]:
         """The command line that runs `command` in the image."""
-        pairs = [f"--env={k}={v}" for k, v in (OFFLINE | env).items()]
+        pairs = [f"--env={k}={v}" for k, v in (OFFLINE | (env or {})).items()]
         fixed = ["run", "--rm", *self.network, *CLOSED, *options, *pairs]
         return [self.engine, *fixed, self.image, *command]
 
-    def run(self, *command: str, code: int = 0, options: tuple[str, ...] = (), **env: str) -> str:
+    def run(
+        self, *command: str, code: int = 0, options: Options = (), env: Variables = None
+    ) -> str:
         """What `command` printed; it must end with `code`."""
-        argv = self.argv(*command, options=options, **env)
+        argv = self.argv(*command, options=options, env=env)
         done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
         said = done.stdout + done.stderr
         assert done.returncode == code, f"{' '.join(argv)} ended with {done.returncode}:\n{said}"
@@ -113,7 +116,7 @@ def serve(bench: Bench) -> str:
     url = f"http://127.0.0.1:{port}"
     names = bench.ask("image", "inspect", "--format", "{{json .Config.Env}}", bench.image)
     mode = {"KLEIN_MODE": "serve"} if "KLEIN_MODE=runpod" in names else {}
-    argv = bench.argv(PORT=str(port), BENTOML_HOST="127.0.0.1", **mode)
+    argv = bench.argv(env={"PORT": str(port), "BENTOML_HOST": "127.0.0.1", **mode})
     started = time.monotonic()
     with live.process(argv, live.environment(bench.folder), log) as running:
         live.wait_for(f"{url}/readyz", 200, running, log)
@@ -135,14 +138,14 @@ def serve(bench: Bench) -> str:
 def handler(bench: Bench) -> str:
     """The worker as the container's command, as a stranger, on test_input.json."""
     command = ("python", "-m", "klein.runpod", "--test_input", json.dumps(JOB))
-    said = bench.run(*command, options=("--user", STRANGER), **WORKER)
+    said = bench.run(*command, options=("--user", STRANGER), env=WORKER)
     assert "base64" in said.split("Job result:")[-1], said[-3000:]
     return "test_input.json gives a picture"
 
 
 def queue(bench: Bench) -> str:
     """KLEIN_MODE=runpod without a command, against RunPod's job API on this machine."""
-    platform = Platform([{"id": "one", **JOB}, {"id": "bad", "input": {}}], cancel="")
+    platform = servers.RunpodPlatform([{"id": "one", **JOB}, {"id": "bad", "input": {}}], cancel="")
     log = bench.folder / "worker.log"
     with servers.serve(platform) as server:
         hooks = {
@@ -155,7 +158,7 @@ def queue(bench: Bench) -> str:
             "RUNPOD_AI_API_KEY": "key",
             "RUNPOD_ENDPOINT_ID": "e1",
         }
-        argv = bench.argv(**hooks, **WORKER)
+        argv = bench.argv(env=hooks | WORKER)
         with live.process(argv, live.environment(bench.folder), log) as running:
             _until(lambda: "bad" in {job for job, _ in platform.posts}, running, log)
     results = {job: body for job, body in platform.posts if body.get("status") != "IN_PROGRESS"}
@@ -178,7 +181,7 @@ def cached(bench: Bench) -> str:
         f"{bench.folder / 'huggingface-cache'}:/runpod-volume/huggingface-cache:ro",
     )
     command = ("python", "-m", "klein.runpod", "--test_input", json.dumps(JOB))
-    said = bench.run(*command, options=volume, MODEL_ID="klein/nano", **WORKER)
+    said = bench.run(*command, options=volume, env={"MODEL_ID": "klein/nano", **WORKER})
     assert "reading the weights from RunPod's cached model: /runpod-volume/" in said, said
     return "RunPod's cached model is found and named"
 
@@ -190,7 +193,7 @@ def refusals(bench: Bench) -> str:
         ({"MODEL_ID": "klein-base-9B", "KLEIN_DEVICE": "auto"}, "needs an NVIDIA GPU"),
         ({"KLEIN_OFLOAD": "none"}, "did you mean 'KLEIN_OFFLOAD'"),
     ):
-        said = bench.run(code=1, **env)
+        said = bench.run(code=1, env=env)
         assert sentence in said, said
         assert "Traceback" not in said, said
     return "an unknown mode, no GPU, a misspelt setting"

@@ -23,6 +23,9 @@ ROOT = export.ROOT
 BENTOFILE: dict[str, Any] = yaml.safe_load((ROOT / "bentofile.yaml").read_text())
 NANO_AT_MOST = 40_000_000
 CODE_AT_MOST = 1_000_000
+LOCK_COPIES = 4
+"""How often BentoML puts the requirements into a bento: as they are, and for its image."""
+EACH = re.MULTILINE | re.DOTALL
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +43,29 @@ def dockerfile(bento: Path) -> str:
     return (bento / "env/docker/Dockerfile").read_text()
 
 
+def _last_stage(dockerfile: str) -> str:
+    """The instructions of the last stage, those of the stages that it is made from before them."""
+    joined = dockerfile.replace("\\\n", " ")
+    stages: dict[str, str] = {}
+    text = ""
+    for base, name, body in re.findall(
+        r"^FROM (\S+)(?: AS (\S+))?\n(.*?)(?=^FROM |\Z)", joined, EACH
+    ):
+        text = stages.get(base, "") + body
+        stages[name] = text
+    return text
+
+
 def _environment(dockerfile: str) -> dict[str, str]:
     """The last stage's ENV, with what it refers to put in; as in Docker, ENV wins over ARG."""
-    joined = dockerfile.replace("\\\n", " ")
-    stage = joined[joined.rindex("\nFROM ") :]
+    stage = _last_stage(dockerfile)
     args, env = {"PATH": "/usr/bin"}, dict[str, str]()
     for kind, text in re.findall(r"^(ARG|ENV) (.+)$", stage, re.MULTILINE):
         for name, value in re.findall(r"(\w+)=(\S+)", text):
             known = args | env
-            value = re.sub(r"\$\{?(\w+)\}?", lambda found, k=known: k[found[1]], value)
-            (args if kind == "ARG" else env)[name] = value
+            parts = re.split(r"\$\{?(\w+)\}?", value)
+            full = "".join(known[x] if i % 2 else x for i, x in enumerate(parts))
+            (args if kind == "ARG" else env)[name] = full
     return env
 
 
@@ -61,7 +77,8 @@ def test_the_file_list(bento: Path) -> None:
     there = {str(x.relative_to(bento / "src")) for x in (bento / "src").rglob("*") if x.is_file()}
     wanted = {name for name in export.files() if name.startswith("klein/")} | {
         "service.py",
-        "requirements.txt",
+        "requirements.lock",
+        "LICENSE",
         "README.md",
         "test_input.json",
         "bentofile.yaml",  # BentoML puts it there itself
@@ -74,17 +91,11 @@ def test_its_size(bento: Path) -> None:
     nano = bento / "src/klein/nano"
     sizes = {x: x.stat().st_size for x in bento.rglob("*") if x.is_file()}
     model = sum(size for path, size in sizes.items() if path.is_relative_to(nano))
-    assert sum(sizes.values()) - model < CODE_AT_MOST
+    locks = LOCK_COPIES * (ROOT / "requirements.lock").stat().st_size
+    assert sum(sizes.values()) - model - locks < CODE_AT_MOST
     assert model < NANO_AT_MOST
     weights = {path for path in sizes if path.suffix in (".safetensors", ".bin", ".pt", ".ckpt")}
     assert all(path.is_relative_to(nano) for path in weights)
-
-
-def test_pins_are_exact() -> None:
-    """Since BentoML is told not to lock them."""
-    assert BENTOFILE["python"]["lock_packages"] is False
-    for line in (ROOT / "requirements.txt").read_text().splitlines():
-        assert not line or line.startswith("#") or re.fullmatch(r"[\w-]+==[\w.]+", line), line
 
 
 # -- nothing in bentofile.yaml is ignored ----------------------------------------------------------
@@ -92,9 +103,20 @@ def test_pins_are_exact() -> None:
 Seen = Callable[[Any, Path, str, dict[str, Any]], bool]
 
 
+BENTOML = "bentoml==1.4.39"
+"""What BentoML adds to the requirements; its hash is in the lock."""
+
+
+def _rows(requirements: Path) -> list[str]:
+    """Each requirement with its hashes, on one line and in one spelling; comments aside."""
+    text = requirements.read_text().replace("\\\n", " ").replace("'", '"').replace(" ;", ";")
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 def _requirements(_: Any, bento: Path, __: str, ___: dict[str, Any]) -> bool:
-    pins = (ROOT / "requirements.txt").read_text()
-    return (bento / "env/python/requirements.txt").read_text().startswith(pins)
+    (lock, made) = (_rows(ROOT / "requirements.lock"), _rows(bento / "env/python/requirements.txt"))
+    return made == [*lock, BENTOML]
 
 
 def _setup(value: str, bento: Path, dockerfile: str, _: dict[str, Any]) -> bool:
@@ -126,7 +148,7 @@ ACTS: dict[str, Seen] = {
 
 
 def _keys() -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in BENTOFILE.items():
         if name in ("python", "docker"):
             flat |= {f"{name}.{key}": inner for key, inner in value.items()}
@@ -169,8 +191,8 @@ def test_the_order_of_layers(dockerfile: str) -> None:
 def test_the_repositorys_dockerfile_makes_the_same_image(bento: Path, dockerfile: str) -> None:
     """Base, user, folders, environment and entrypoint; only KLEIN_MODE is its own."""
     own = (ROOT / "Dockerfile").read_text()
-    base = re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)
-    assert set(re.findall(r"^FROM (\S+)", own, re.MULTILINE)) == set(base)
+    (base,) = re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)
+    assert set(re.findall(r"^FROM (\S+)", own, re.MULTILINE)) == {base, "packages"}
     assert _environment(own) == _environment(dockerfile) | {"KLEIN_MODE": "runpod"}
     uid = re.search(r"ARG BENTO_USER_UID=(\d+)", dockerfile)
     assert uid
@@ -178,11 +200,10 @@ def test_the_repositorys_dockerfile_makes_the_same_image(bento: Path, dockerfile
     entry = re.search(r'ENTRYPOINT \[ ?"(.+?)" ?\]', dockerfile)
     assert entry
     assert f'ENTRYPOINT ["{entry[1]}"]' in own
-    imported = re.search(r"-c requirements.txt \\\n +(.+)", own)
-    assert imported
-    assert all(
-        f"{name}==" in (ROOT / "requirements.txt").read_text() for name in imported[1].split()
-    )
+    tools = (ROOT / "requirements-dev.txt").read_text()
+    (uv,) = re.findall(r"pip install .*(uv==\S+)", own)
+    assert f"\n{uv}\n" in tools
+    assert "uv pip install --no-cache -r /app/requirements.lock" in own
 
 
 class Entrypoint:

@@ -34,7 +34,8 @@ def test_generate_writes_the_file(
     """Format by extension, parameters inside, seed on stdout."""
     out = tmp_path / "a.webp"
     assert _run("generate", "a portrait", "-o", out, "--seed", 3, "--width", 250) == 0
-    assert Image.open(out).format == "WEBP"
+    with Image.open(out) as picture:
+        assert picture.format == "WEBP"
     shown = capsys.readouterr()
     assert f"{out}  seed 3" in shown.out
     assert "rounded" in shown.err
@@ -56,7 +57,8 @@ def test_like_draws_a_picture_again(fake: fakes.FakePipeline, tmp_path: Path) ->
     assert _run("generate", "--like", first, "-o", again) == 0
     assert first.read_bytes() == again.read_bytes()
     assert _run("generate", "--like", first, "-o", other, "--seed", 10) == 0
-    assert Image.open(other).format == "JPEG"
+    with Image.open(other) as picture:
+        assert picture.format == "JPEG"
 
 
 def test_every_field_has_a_flag(capsys: pytest.CaptureFixture[str]) -> None:

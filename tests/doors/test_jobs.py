@@ -486,5 +486,6 @@ def test_the_pages_examples_run(client: Client, tmp_path: Path) -> None:
     script = script.replace("http://localhost:3000", str(client.base_url).rstrip("/"))
     run = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert Image.open(tmp_path / "zib.png").size == (256, 256)
+    with Image.open(tmp_path / "zib.png") as image:
+        assert image.size == (256, 256)
     assert "event: completed" in run.stdout

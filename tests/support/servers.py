@@ -66,6 +66,7 @@ def serve(answer: Callable[[Seen], Answer]) -> Iterator[Server]:
         yield server
     finally:
         http.shutdown()
+        http.server_close()
 
 
 @contextmanager

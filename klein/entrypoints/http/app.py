@@ -14,6 +14,7 @@ from klein.app.webhooks import Webhooks
 from klein.entrypoints.http import catalog, errors, generate, jobs, loras
 from klein.entrypoints.http.auth import RequireKey, read_keys
 from klein.entrypoints.http.limits import MB, LimitRequests
+from klein.entrypoints.http.openai import routes as openai
 from klein.settings import Settings
 
 Middleware = tuple[Any, dict[str, Any]]
@@ -25,7 +26,7 @@ def create_app() -> FastAPI:
     app = FastAPI(
         title="klein", version=__version__, docs_url=None, redoc_url=None, lifespan=_lifespan
     )
-    for router in (generate.router, jobs.router, catalog.router, loras.router):
+    for router in (generate.router, openai.router, jobs.router, catalog.router, loras.router):
         app.include_router(router)
     errors.install(app)
     app.state.generator = None
