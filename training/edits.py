@@ -121,7 +121,7 @@ BORROWED: dict[str, tuple[str, ...]] = {
 }
 """What can be taken over from another reference, and the attributes that move with it."""
 
-BORROWED_SHARES = (0.28, 0.10, 0.10, 0.14, 0.12, 0.08, 0.05, 0.13)
+BORROWED_SHARES = (0.42, 0.18, 0.22, 0.14, 0.12, 0.10, 0.07, 0.11)
 ORIGINS = ("person", *BORROWED)
 """What an instruction can take from a reference; the text encoder learns from which one."""
 
