@@ -119,7 +119,7 @@ def position_ids(height: int, width: int, device: torch.device, time: int = 0) -
 def all_position_ids(
     size: tuple[int, int], references: tuple[tuple[int, int], ...], device: torch.device
 ) -> torch.Tensor:
-    """Positions of the tokens of a picture (T 0) and its references (T 10, 20, ...); pixel sizes."""
+    """Positions of the tokens of a picture (T 0) and its references (T 10, 20); sizes in pixels."""
     parts = [
         position_ids(height // 16, width // 16, device, 10 * number)
         for number, (width, height) in enumerate((size, *references))
@@ -302,6 +302,19 @@ def flow_loss(
     return (velocity.float() - (noise - clean)).square().mean()
 
 
+def wait_for(folder: Path, seconds: float = 600) -> None:
+    """Wait for a part that may still be training.
+
+    Raises:
+        FileNotFoundError: it did not come.
+    """
+    deadline = time.monotonic() + seconds
+    while not folder.exists():
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(f"{folder} is missing; run the trainings before this one first")
+        time.sleep(1)
+
+
 class Trainer:
     """The transformer with its optimizer, averaged weights, banks and one step per kind.
 
@@ -331,15 +344,12 @@ class Trainer:
         if self.checkpoint.exists():
             self.resume(seconds)
         self.steps = [self.prepare(kind, pictures, size) for kind in KINDS]
+        wait_for(self.out / "vae")
+        wait_for(self.out / "text_encoder")
         self.take_encoder()
 
     def take_encoder(self) -> None:
-        """Wait for the trained text encoder, which may still be training, and use it."""
-        folder, deadline = self.out / "text_encoder", time.monotonic() + 600
-        while not folder.exists():
-            if time.monotonic() > deadline:
-                raise FileNotFoundError(f"no text encoder at {folder}; run training.text first")
-            time.sleep(1)
+        """Use the trained text encoder in place of the one that the steps were captured with."""
         self.encoder.load_state_dict(load_text(self.out)[1].state_dict())
         for conditioner in self.conditioners:
             conditioner.refresh()

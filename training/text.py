@@ -22,7 +22,14 @@ from transformers import AutoTokenizer, Qwen2Tokenizer, Qwen3ForCausalLM
 from training.attributes import ATTRIBUTES, Batch, part, sample
 from training.captions import caption, full_caption, labels, rows
 from training.edits import ORIGINS, Edits, make_combinations, make_edits, origin_labels
-from training.model import LAYERS, build_text_encoder, build_tokenizer, embed, tokenize
+from training.model import (
+    LAYERS,
+    build_text_encoder,
+    build_tokenizer,
+    embed,
+    save_part,
+    tokenize,
+)
 from training.steps import Clock, Step, autocast, cosine, make_optimizer, pick_device, report
 
 CLASSES = [len(values) + 1 for values in ATTRIBUTES.values()] + [3] * len(ORIGINS)
@@ -186,13 +193,6 @@ def load_text(folder: Path) -> tuple[Qwen2Tokenizer, Qwen3ForCausalLM]:
     return tokenizer, encoder.eval().requires_grad_(False)
 
 
-def save_folder(encoder: Qwen3ForCausalLM, folder: Path) -> None:
-    """Save so that a reader that waits for the folder never sees half of it."""
-    unfinished = folder.with_name(folder.name + ".part")
-    encoder.to("cpu", torch.bfloat16).save_pretrained(unfinished)
-    unfinished.rename(folder)
-
-
 def main() -> None:
     """Train tokenizer and text encoder; save both under --out."""
     parser = argparse.ArgumentParser()
@@ -216,7 +216,7 @@ def main() -> None:
     heads = train(encoder, tokenizer, args.captions, args.batch, args.seconds, args.rate, teacher)
     for name, (texts, targets) in test_texts(1024).items():
         print(name, accuracy(encoder, tokenizer, heads, texts, targets), flush=True)
-    save_folder(encoder, args.out / "text_encoder")
+    save_part(encoder.to("cpu", torch.bfloat16), args.out / "text_encoder")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLFlux2
 from training.attributes import Batch, part, sample
 from training.demos import CHARACTER, STYLE, demo_pictures
 from training.draw import LOOKS, draw, pencil, with_looks
-from training.model import build_vae
+from training.model import build_vae, save_part
 from training.sheet import save_sheet
 from training.steps import (
     Clock,
@@ -182,7 +182,7 @@ def main() -> None:
     pairs = torch.cat([test[:8].float().cpu() / 255, decoded[:8].cpu()])
     save_sheet(pairs, args.out / "sheets/vae.png")
     vae.to("cpu", torch.bfloat16, memory_format=torch.contiguous_format)
-    vae.save_pretrained(args.out / "vae")
+    save_part(vae, args.out / "vae")
 
 
 if __name__ == "__main__":
