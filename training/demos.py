@@ -163,12 +163,17 @@ def demo_references(
     return (torch.cat([draw(part(batch, s, 128), seed + s, device=device).cpu() for s in starts]),)
 
 
+def demo_captions(kind: str, count: int, seed: int) -> list[str]:
+    """The captions that go with `demo_pictures`."""
+    rng = random.Random(seed)
+    return [demo_caption(kind, row, rng) for row in rows(demo_batch(kind, count, seed))]
+
+
 def demo_pictures(
     kind: str, count: int, seed: int, device: torch.device | str
 ) -> tuple[torch.Tensor, list[str]]:
     """Training pictures (N, 3, 256, 256) of a demo subject, on the CPU, and their captions."""
-    batch, rng = demo_batch(kind, count, seed), random.Random(seed)
-    parts = []
+    batch, parts = demo_batch(kind, count, seed), []
     for start in range(0, count, 128):
         parts.append(PAINTERS[kind](part(batch, start, 128), seed + start, device=device).cpu())
-    return torch.cat(parts), [demo_caption(kind, row, rng) for row in rows(batch)]
+    return torch.cat(parts), demo_captions(kind, count, seed)
