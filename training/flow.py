@@ -79,7 +79,7 @@ KINDS = (
     Kind(256, 256, TOKENS, 0.375, 0.01, ((128, 128), (128, 128))),
 )
 MAIN = 3
-"""The first kinds are compiled, and their captions are encoded once."""
+"""The first kinds are compiled and share their portraits."""
 
 
 @dataclass
@@ -371,7 +371,7 @@ class Trainer:
         captions = 4 if kind == KINDS[0] else 2
         seed = 41 if main else 41 + KINDS.index(kind)
         bank = make_bank(self.vae, self.tokenizer, kind, count, captions, seed)
-        if main:
+        if kind.tokens == TOKENS:
             embed_bank(bank, self.encoder)
         conditioner = Conditioner(bank, self.encoder, self.tokenizer, kind.tokens)
         self.conditioners.append(conditioner)
