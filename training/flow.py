@@ -61,9 +61,9 @@ class Kind:
 
 SQUARE = (256, 256)
 KINDS = (
-    Kind(256, 256, TOKENS, 1.0, 0.49),
-    Kind(256, 256, TOKENS, 0.5, 0.23, (SQUARE,)),
-    Kind(256, 256, TOKENS, 0.375, 0.11, (SQUARE, SQUARE)),
+    Kind(256, 256, TOKENS, 1.0, 0.52),
+    Kind(256, 256, TOKENS, 0.75, 0.12, (SQUARE,)),
+    Kind(256, 256, TOKENS, 0.5, 0.17, (SQUARE, SQUARE)),
     Kind(256, 384, TOKENS, 0.375, 0.02),
     Kind(384, 256, TOKENS, 0.375, 0.02),
     Kind(192, 256, TOKENS, 0.5, 0.01),
@@ -71,12 +71,12 @@ KINDS = (
     Kind(512, 512, TOKENS, 0.125, 0.01),
     Kind(256, 256, 64, 0.5, 0.01),
     Kind(256, 256, 512, 0.25, 0.01),
-    Kind(256, 256, TOKENS, 0.5, 0.02, ((128, 128),)),
-    Kind(256, 256, TOKENS, 0.5, 0.01, ((192, 256),)),
-    Kind(256, 384, TOKENS, 0.25, 0.01, ((256, 384),)),
-    Kind(384, 256, TOKENS, 0.25, 0.01, ((384, 256),)),
-    Kind(256, 256, TOKENS, 0.375, 0.02, (SQUARE, (128, 128))),
-    Kind(256, 256, TOKENS, 0.375, 0.01, ((128, 128), (128, 128))),
+    Kind(256, 256, TOKENS, 0.75, 0.03, ((128, 128),)),
+    Kind(256, 256, TOKENS, 0.75, 0.015, ((192, 256),)),
+    Kind(256, 384, TOKENS, 0.5, 0.01, ((256, 384),)),
+    Kind(384, 256, TOKENS, 0.5, 0.01, ((384, 256),)),
+    Kind(256, 256, TOKENS, 0.75, 0.025, (SQUARE, (128, 128))),
+    Kind(256, 256, TOKENS, 0.75, 0.01, ((128, 128), (128, 128))),
 )
 MAIN = 3
 """The first kinds are compiled and share their portraits."""
@@ -237,6 +237,18 @@ def fit_tokens(
     return ids[:, :tokens], lengths.clamp_max(tokens)
 
 
+def shares(edits: float) -> list[float]:
+    """Shares of the kinds when that part of all steps has references."""
+    own = {
+        wanted: sum(kind.share for kind in KINDS if bool(kind.references) == wanted)
+        for wanted in (False, True)
+    }
+    parts = {False: 1 - edits, True: edits}
+    return [
+        kind.share * parts[bool(kind.references)] / own[bool(kind.references)] for kind in KINDS
+    ]
+
+
 class Conditioner:
     """Gives the prompt embeddings of randomly picked captions, some of them dropped."""
 
@@ -345,11 +357,12 @@ class Trainer:
             self.resume(seconds)
         self.steps = [self.prepare(kind, pictures, size) for kind in KINDS]
         wait_for(self.out / "vae")
-        wait_for(self.out / "text_encoder")
-        self.take_encoder()
+        if start != out:
+            self.take_encoder()
 
     def take_encoder(self) -> None:
         """Use the trained text encoder in place of the one that the steps were captured with."""
+        wait_for(self.out / "text_encoder")
         self.encoder.load_state_dict(load_text(self.out)[1].state_dict())
         for conditioner in self.conditioners:
             conditioner.refresh()
@@ -389,13 +402,13 @@ class Trainer:
         with torch.no_grad():
             torch._foreach_lerp_(self.ema, list(self.model.parameters()), EMA_RATE)
 
-    def run(self, rate: float) -> None:
+    def run(self, rate: float, edits: float) -> None:
         """Train until the time is spent, saving on the way and at the end."""
-        chooser, shares = random.Random(5), [kind.share for kind in KINDS]
+        chooser, weights = random.Random(5), shares(edits)
         totals, counts = torch.zeros(MAIN, device=self.device), [0] * MAIN
         saved = self.clock.spent
         for progress in self.clock.ticks():
-            which = chooser.choices(range(len(KINDS)), shares)[0]
+            which = chooser.choices(range(len(KINDS)), weights)[0]
             value = self.steps[which](cosine(progress, rate))
             if which < MAIN:
                 totals[which] += value
@@ -438,10 +451,12 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=80_000)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--edits", type=float, default=0.4, help="share of steps with references")
     args = parser.parse_args()
     torch.manual_seed(3)
     start = args.start or args.out
-    Trainer(args.out, start, args.seconds, args.pictures, args.batch).run(args.rate)
+    trainer = Trainer(args.out, start, args.seconds, args.pictures, args.batch)
+    trainer.run(args.rate, args.edits)
 
 
 if __name__ == "__main__":
