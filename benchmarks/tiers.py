@@ -13,6 +13,7 @@ a matrix product of its own is refused: then the measurement is wrong.
 import argparse
 import copy
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -38,6 +39,7 @@ from klein.lora.file import LoraFile
 from klein.lora.spec import LoraSpec
 from klein.models.catalog import GB, MODELS, ModelSpec
 from klein.models.identify import NANO_FOLDER
+from klein.models.machine import Machine
 from klein.models.plan import Plan
 from klein.models.speed import TIERS, Acceleration
 from klein.request.resolve import resolve
@@ -141,7 +143,7 @@ def served(stock: Any, model: Any, spec: ModelSpec, device: str, tier: str) -> K
         str(NANO_FOLDER / "model"),
         None,
         spec,
-        device,
+        Machine.probe(os.environ).device(device),
         "none",
         "for a benchmark",
         Acceleration(TIERS[tier], TIERS[tier].options),

@@ -2,7 +2,8 @@
 
 KleinError
 ├── InvalidRequest      the caller's fault; `field` names what to change
-│   └── LoraError       a LoRA that cannot be found, read or applied
+├── LoraError           a LoRA that cannot be found, read or applied
+│   └── LoraUnavailable the network or the disk is in the way of a LoRA; it may not be, later
 ├── Unauthorized        no key, or a wrong one
 ├── Forbidden           a key without the right to do this, or a page of another origin
 ├── RequestTooLarge     more bytes than a route takes
@@ -32,6 +33,7 @@ class ErrorCode(StrEnum):
 
     INVALID_REQUEST = "invalid_request"
     LORA_FAILED = "lora_failed"
+    LORA_UNAVAILABLE = "lora_unavailable"
     UNAUTHORIZED = "unauthorized"
     FORBIDDEN = "forbidden"
     REQUEST_TOO_LARGE = "request_too_large"
@@ -76,8 +78,13 @@ class InvalidRequest(KleinError):
     code = ErrorCode.INVALID_REQUEST
 
 
-class LoraError(InvalidRequest):
+class LoraError(KleinError):
     code = ErrorCode.LORA_FAILED
+
+
+class LoraUnavailable(LoraError):
+    code = ErrorCode.LORA_UNAVAILABLE
+    retryable = True
 
 
 class Unauthorized(KleinError):

@@ -13,7 +13,7 @@ from klein.models.machine import Machine
 from klein.models.plan import fetched, lora_folder, plan
 from klein.output.delivery import Bucket
 from klein.settings import Settings
-from klein.sources.cache import LoraStore
+from klein.sources.cache import Store
 from klein.sources.fetch import Fetcher
 
 Load = Callable[[], ImagePipeline]
@@ -21,7 +21,7 @@ Load = Callable[[], ImagePipeline]
 
 def library(settings: Settings) -> LoraLibrary:
     """The LoRAs of these settings."""
-    store = LoraStore(
+    store = Store(
         settings.lora_cache.expanduser(), settings.lora_cache_gb * GB, grace=settings.timeout
     )
     tokens = Tokens(settings.hf_token, settings.civitai_token)

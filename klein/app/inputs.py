@@ -22,7 +22,8 @@ from klein.request import images
 from klein.request.edit import InputSources
 from klein.request.images import Picture
 from klein.request.resolve import Resolved, fit_size
-from klein.sources.fetch import Fetcher, FetchFailed
+from klein.sources.fetch import Fetcher
+from klein.sources.transport import FetchFailed, Watch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -98,8 +99,9 @@ class _Reader:
         def on_bytes(have: int, total: int | None) -> None:
             self._context.report(Progress(have, total or have, 1, 1, stage="fetch"))
 
+        watch = Watch(self._context.deadline, self._context.check, on_bytes)
         try:
-            return self._fetcher.read(url, images.MAX_BYTES, on_bytes)
+            return self._fetcher.read(url, images.MAX_BYTES, watch)
         except FetchFailed as error:
             kind = ImageUnavailable if error.retryable else InvalidRequest
             raise kind(f"{field}: {error}", field=field) from error

@@ -15,7 +15,7 @@ from klein.core import GenerationParams, RequestContext
 from klein.output import response
 from klein.output.response import EncodedImage
 from klein.request.schema import GenerateRequest
-from klein.sources.reference import redacted
+from klein.sources.address import redacted
 
 MAX_TEXT = 10_000
 """Characters of a text in `input` as the job tells it: longer ones are images."""

@@ -10,6 +10,7 @@ from klein.errors import LoraError
 from klein.lora.file import LoraFile
 from klein.lora.library import LoraLibrary
 from klein.request.resolve import Resolved
+from klein.sources.address import redacted
 from klein.sources.fetch import Fetcher
 
 
@@ -39,7 +40,9 @@ def _find_loras(
     for spec in params.loras:
         context.check()
         try:
-            found.append(library.find(spec, on_bytes))
+            found.append(
+                library.find(spec, on_bytes, deadline=context.deadline, check=context.check)
+            )
         except LoraError as error:
             if params.lora_error == "fail":
                 raise
@@ -57,15 +60,16 @@ def settle_loras(
     """
     specs, warnings, prompt = [], [], params.prompt
     for spec, file in zip(params.loras, found, strict=True):
+        name = redacted(spec.path)
         own = file.defaults.scale if isinstance(file, LoraFile) else None
         scale = next(value for value in (spec.scale, own, 1.0) if value is not None)
         if spec.scale is None and own is not None:
-            warnings.append(f"{spec.path} acts at {own:g}, the scale kept beside it")
+            warnings.append(f"{name} acts at {own:g}, the scale kept beside it")
         specs.append(replace(spec, scale=scale))
         if spec.trigger != "auto" or not isinstance(file, LoraFile):
             continue
         if file.trigger is None:
-            warnings.append(f"{spec.path} has no trigger word that could be put into the prompt")
+            warnings.append(f"{name} has no trigger word that could be put into the prompt")
         elif file.trigger.lower() not in prompt.lower():
             prompt = f"{file.trigger}, {prompt}"
             warnings.append(f"the trigger word {file.trigger!r} was put in front of the prompt")

@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 
 from klein.errors import BadSetting, InvalidRequest
 from klein.settings import Settings
-from klein.sources.fetch import Fetcher, FetchFailed
+from klein.sources.fetch import Fetcher
+from klein.sources.transport import FetchFailed
 
 log = logging.getLogger(__name__)
 

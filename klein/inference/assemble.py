@@ -44,7 +44,7 @@ def load(
     `pending_weights` are what `start_reading` reads for this plan already. `dtype` is what the
     model computes in: bfloat16 on a GPU and float32 on the CPU unless given.
     """
-    if plan.device == "cuda" and not torch.cuda.is_available():
+    if plan.on_gpu and not torch.cuda.is_available():
         raise ModelUnavailable(
             f"torch {torch.__version__} cannot use this GPU: install a CUDA build that fits the "
             "driver, or use MODEL_ID=nano with KLEIN_DEVICE=cpu"
@@ -53,15 +53,18 @@ def load(
     plan = fetched(plan, settings)
     pending_weights = pending_weights or modules.start_reading(plan, dtype)
     log.info("reading the weights from %s: %s", plan.found_in, plan.source)
-    capability = torch.cuda.get_device_capability() if plan.device == "cuda" else (0, 0)
-    fused = plan.acceleration.has("fused")
-    backend = attention.choose(settings.attention, plan.device, capability, fused=fused)
+    backend = attention.choose(
+        settings.attention,
+        plan.device,
+        plan.target.capability,
+        fused=plan.acceleration.has("fused"),
+    )
     plan = replace(plan, acceleration=proved(plan, settings, backend))
     checked = time.perf_counter()
     parts = _read(plan, settings, pending_weights, dtype or modules.dtype_on(plan.device))
     pipeline = build(parts, plan, settings, backend)
     read = time.perf_counter()
-    if plan.device == "cuda" and plan.offload == "none":
+    if plan.on_gpu and plan.offload == "none":
         pipeline.warm_up()
     log.info(
         "%s loaded: kernels ready after %.1f s, weights after %.1f s, warm after %.1f s; %s; "
@@ -178,7 +181,7 @@ def _accelerated(parts: Parts, plan: Plan, backend: Backend) -> Parts:
     transformer, encoder = parts.transformer, parts.text_encoder
     if faster.has("fused"):
         parts = replace(parts, denoiser=FusedForward(transformer, backend.attend))
-    elif plan.device == "cuda":
+    elif plan.on_gpu:
         transformer.set_attention_backend(backend.diffusers)
     if faster.has("decoder"):
         vae.fuse(parts.vae)
@@ -186,7 +189,7 @@ def _accelerated(parts: Parts, plan: Plan, backend: Backend) -> Parts:
         quantise(transformer, plan.device)
         if plan.transformer_to != plan.device:
             offload.pin(layer.weight.data for layer in block_linears(transformer).values())
-    if faster.has("cuda_graph") and plan.device == "cuda":
+    if faster.has("cuda_graph") and plan.on_gpu:
         recorded = CudaGraphEncoder(encoder, plan.spec.max_sequence_length)
         parts = replace(parts, encoder=recorded)
     return parts

@@ -45,7 +45,7 @@ from klein.models.samplers import DEFAULT_SAMPLER, SAMPLERS
 from klein.models.schedule import mu_of
 from klein.models.speed import STEP_SKIPPING
 from klein.settings import Settings
-from klein.sources.reference import redacted
+from klein.sources.address import redacted
 
 log = logging.getLogger(__name__)
 
@@ -94,15 +94,10 @@ class KleinPipeline:
         originals = offloader.originals(parts.transformer) if offloader else None
         self._merger = LoraMerger(parts.transformer, plan.spec, originals)
 
-    @property
-    def on_gpu(self) -> bool:
-        """Whether images are drawn on a GPU."""
-        return self._plan.device == "cuda"
-
     def stats(self) -> PipelineStats:
         """Why the tier is no faster one, kernels compiled so far, GPU memory."""
         why, compiled = self._plan.acceleration.why, 0
-        if not self.on_gpu:
+        if not self._plan.on_gpu:
             return PipelineStats(why)
         if self._plan.acceleration.has("fused"):
             from klein.inference.acceleration.kernels import Compilations
@@ -160,7 +155,7 @@ class KleinPipeline:
         job.context.check()
         if low_memory:
             warnings.append(LOW_MEMORY_WARNING)
-        elif self.on_gpu:
+        elif self._plan.on_gpu:
             memory.require_room(params, job.inputs.reference_tokens, self._available())
         with torch.inference_mode():
             text = self._encode(params, warnings)
@@ -250,15 +245,22 @@ class KleinPipeline:
     def _run(
         self, params: GenerationParams, mu: float, low_memory: bool, warnings: list[str]
     ) -> Run:
-        faster = self._plan.acceleration
-        levels = noise_levels(params.schedule, mu, params.num_inference_steps)
+        faster, sampler = self._plan.acceleration, SAMPLERS[params.sampler]
         start = first_step(params.num_inference_steps, params.strength or 1.0)
+        levels = noise_levels(params.schedule, mu, params.num_inference_steps)[start:]
+        skipping = STEP_SKIPPING if faster.has("step_skipping") else None
+        if skipping and len(levels) - 1 < sampler.skips_from:
+            warnings.append(
+                f"no step was skipped: {len(levels) - 1} steps of {sampler.name} are too few, "
+                f"steps are skipped from {sampler.skips_from} on"
+            )
+            skipping = None
         return Run(
-            levels[start:],
-            SAMPLERS[params.sampler],
+            levels,
+            sampler,
             params.guidance_scale,
             batched_cfg=faster.has("batched_cfg") and not low_memory,
-            skipping=STEP_SKIPPING if faster.has("step_skipping") else None,
+            skipping=skipping,
         )
 
     def _draw(self, drawing: "_Drawing", number: int, clock: "_Clock") -> GeneratedImage:
@@ -316,7 +318,7 @@ class KleinPipeline:
     def _choose_tiling(self, job: Job, low_memory: bool, warnings: list[str]) -> None:
         vae, params = self.parts.vae, job.params
         vae.use_tiling = low_memory or memory.wants_tiles(
-            params, self._settings, self.info.speed, on_gpu=self.on_gpu
+            params, self._settings, self.info.speed, on_gpu=self._plan.on_gpu
         )
         if vae.use_tiling and max(params.width, params.height) > vae.tile_sample_min_size:
             warnings.append(TILES_WARNING)
@@ -337,7 +339,7 @@ def _info(parts: Parts, plan: Plan, settings: Settings, attention: str) -> Model
         id=Path(settings.model_id).name if plan.local else settings.model_id,
         revision=plan.revision,
         spec=plan.spec,
-        device=torch.cuda.get_device_name() if plan.device == "cuda" else "cpu",
+        device=plan.target.name,
         dtype=str(parts.transformer.dtype).removeprefix("torch."),
         placement=plan.why,
         attention=attention,

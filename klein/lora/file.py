@@ -1,19 +1,24 @@
 """Which bytes a LoRA is: its format, rank, base model and the layers it changes."""
 
 import hashlib
-import json
 import math
+import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-from klein.errors import LoraError
-from klein.lora import keys
+from klein.errors import LoraError, LoraUnavailable
+from klein.lora import keys, metadata
+from klein.lora.metadata import LoraDefaults
 from klein.models.layers import SWAPPED_HALVES, modules_by_layer
-from klein.sources import safetensors as header
+from klein.sources import safetensors
+from klein.sources.safetensors import Damaged, Entry, Header, Shape
 
-Shape = tuple[int, ...]
+MAX_HEADER_BYTES = 8 * 1024 * 1024
+"""Of a LoRA's header: thousands of tensors and a trainer's notes take 2 MB."""
+CHUNK_BYTES = 8 * 1024 * 1024
 
 _KINDS: tuple[tuple[str, frozenset[str]], ...] = (
     ("lokr", frozenset({"lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a"})),
@@ -51,11 +56,18 @@ WIDTHS = {
 
 
 @dataclass(frozen=True, slots=True)
-class LoraDefaults:
-    """What an operator keeps beside a file: its own scale, its trigger word."""
+class Identity:
+    """One state of a file on disk: another one has other bytes, or may have."""
 
-    scale: float | None = None
-    trigger: str | None = None
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> "Identity":
+        """That of a file whose `stat` it is."""
+        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +86,7 @@ class LoraFile:
     patches: tuple[Patch, ...]
     trigger_words: tuple[str, ...]
     training: Mapping[str, str]
+    identity: Identity
     defaults: LoraDefaults = LoraDefaults()
 
     @property
@@ -85,7 +98,7 @@ class LoraFile:
 
     @property
     def trigger(self) -> str | None:
-        """The word that calls it: the card's, else the first in its metadata."""
+        """The word that calls it: the operator's, else the first in its metadata."""
         return self.defaults.trigger or next(iter(self.trigger_words), None)
 
     @property
@@ -93,50 +106,119 @@ class LoraFile:
         """The largest rank in the file; 0 where the format has none."""
         return max(patch.rank for patch in self.patches)
 
+    def read(self) -> Iterator[tuple[Entry, memoryview]]:
+        """Every tensor with its bytes, in the order of the file, out of memory of its own.
+
+        The bytes are proved to be those that were inspected. Raises LoraUnavailable for a file
+        that was replaced or deleted since, or that the disk does not give.
+        """
+        try:
+            with self.path.open("rb") as file:
+                if Identity.of(os.fstat(file.fileno())) != self.identity:
+                    raise self._changed()
+                data = bytearray(self.identity.size)
+                sha256 = _read_into(file, memoryview(data))
+        except OSError as error:
+            raise LoraUnavailable(
+                f"LoRA {self.name!r} cannot be read any more ({error.strerror}): try again"
+            ) from error
+        if sha256 != self.sha256:
+            raise self._changed()
+        whole = memoryview(data)
+        length = int.from_bytes(whole[:8], "little")
+        header = safetensors.parse(bytes(whole[8 : 8 + length]), len(data))
+        return ((entry, whole[entry.begin : entry.end]) for entry in header.entries)
+
+    def _changed(self) -> LoraUnavailable:
+        return LoraUnavailable(
+            f"LoRA {self.name!r} was replaced while it waited: ask again for the new one"
+        )
+
 
 def inspect(path: Path, name: str) -> LoraFile:
-    """Read what `path` is; raises LoraError for a file that no klein model can use."""
-    head = header.read(path)
-    layers, prefixes, strangers = _group(head)
+    """Read what `path` is; raises LoraError for a file that no klein model can use, and
+    LoraUnavailable for one that cannot be read. It is opened once, so all is of the same bytes."""
+    try:
+        with path.open("rb") as file:
+            identity = Identity.of(os.fstat(file.fileno()))
+            header = safetensors.read(file, MAX_HEADER_BYTES)
+            file.seek(0)
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except Damaged as error:
+        raise LoraError(f"LoRA {name!r} is damaged: {error}") from error
+    except OSError as error:
+        raise LoraUnavailable(f"LoRA {name!r} cannot be read ({error.strerror})") from error
+    if not header.entries:
+        raise LoraError(f"LoRA {name!r} is damaged: it holds no tensors")
+    return _known(path, name, sha256, identity, header)
+
+
+def _known(path: Path, name: str, sha256: str, identity: Identity, header: Header) -> LoraFile:
+    shapes = header.shapes
+    layers, prefixes, unknown_tensors = _group(shapes)
     if not layers:
-        raise LoraError(f"LoRA {name!r} has none of a LoRA's tensors, only such as {_some(head)}")
+        some = ", ".join(repr(tensor[:60]) for tensor in list(shapes)[:3])
+        raise LoraError(f"LoRA {name!r} has none of a LoRA's tensors, only such as {some}")
     known = modules_by_layer()
-    lost = [layer for layer in layers if layer not in known]
-    if lost or strangers:
-        raise LoraError(_foreign(name, lost, strangers, len(layers)))
+    unknown_layers = [layer for layer in layers if layer not in known]
+    if unknown_layers or unknown_tensors:
+        raise LoraError(_foreign(name, unknown_layers, unknown_tensors, len(layers)))
+    if odd := next((entry for entry in header.entries if not _is_factor(entry)), None):
+        raise LoraError(f"LoRA {name!r}: tensor {odd.name[:80]!r} is of type {odd.dtype}")
     patches = tuple(
-        _patch(name, layer, known[layer], parts, head.shapes) for layer, parts in layers.items()
+        _patch(name, layer, known[layer], parts, shapes) for layer, parts in layers.items()
     )
     return LoraFile(
         path=path,
         name=name,
-        sha256=_sha256(path),
+        sha256=sha256,
+        identity=identity,
         format=_format(prefixes, layers, patches),
         hidden=_width(name, patches),
         patches=patches,
-        trigger_words=_trigger_words(head.metadata),
-        training=_training(head.metadata),
+        trigger_words=metadata.trigger_words(header.metadata),
+        training=metadata.training(header.metadata),
     )
 
 
-def _group(head: header.Header) -> tuple[dict[str, dict[str, str]], Counter[str], list[str]]:
+def _is_factor(entry: Entry) -> bool:
+    """Whether a tensor can be one of a LoRA's: trainers write floats, and alpha as any number."""
+    return "F" in entry.dtype or math.prod(entry.shape) == 1
+
+
+def _read_into(file: IO[bytes], target: memoryview) -> str:
+    """Fill `target` from an unbuffered or buffered file; returns the sha256 of what came."""
+    digest, have = hashlib.sha256(), 0
+    while have < len(target):
+        chunk = target[have : have + CHUNK_BYTES]
+        size = file.readinto(chunk)  # type: ignore[attr-defined]
+        if not size:
+            break
+        digest.update(chunk[:size])
+        have += size
+    return digest.hexdigest()
+
+
+def _group(
+    shapes: Mapping[str, Shape],
+) -> tuple[dict[str, dict[str, str]], Counter[str], list[str]]:
     layers: dict[str, dict[str, str]] = {}
     prefixes: Counter[str] = Counter()
-    strangers = []
-    for tensor in head.shapes:
+    unknown_tensors = []
+    for tensor in shapes:
         key = keys.take_apart(tensor)
         if key is None:
-            strangers.append(tensor)
+            unknown_tensors.append(tensor)
             continue
         prefixes[key.prefix] += 1
         layers.setdefault(key.layer, {})[key.part] = tensor
-    return layers, prefixes, strangers
+    return layers, prefixes, unknown_tensors
 
 
-def _foreign(name: str, lost: list[str], strangers: list[str], total: int) -> str:
-    unknown = [*lost, *strangers]
+def _foreign(name: str, unknown_layers: list[str], unknown_tensors: list[str], total: int) -> str:
+    unknown = [*unknown_layers, *unknown_tensors]
     guess = ""
-    if any(mark in layer for layer in lost for mark in ("img_mod", "txt_mod", "proj_mlp")):
+    if any(mark in layer for layer in unknown_layers for mark in _FLUX1):
         guess = "; it looks like a LoRA for FLUX.1"
     elif any(x.startswith(("lora_te", "text_encoder", "te_")) for x in unknown):
         guess = "; it trains a text encoder, which klein LoRAs do not"
@@ -144,6 +226,10 @@ def _foreign(name: str, lost: list[str], strangers: list[str], total: int) -> st
         f"LoRA {name!r} is not for FLUX.2: {len(unknown)} of its {total} layers do not exist "
         f"there, such as {unknown[0][:90]!r}{guess}"
     )
+
+
+_FLUX1 = ("img_mod", "txt_mod", "proj_mlp")
+"""Parts of layer names that only FLUX.1 has."""
 
 
 def _patch(
@@ -156,8 +242,8 @@ def _patch(
     kind = next((kind for kind, signs in _KINDS if signs & parts.keys()), None)
     if kind is None:
         raise LoraError(f"LoRA {name!r}: layer {layer!r} has only {', '.join(parts)}")
-    if {"lokr_t2", "hada_t1", "hada_t2"} & parts.keys():
-        raise LoraError(f"LoRA {name!r}: layer {layer!r} is in the convolution form of LyCORIS")
+    if why := _unsupported(kind, layer, parts):
+        raise LoraError(f"LoRA {name!r}: layer {layer!r} {why}")
     own = {part: shapes[tensor] for part, tensor in parts.items()}
     try:
         rank, shape = _measure(kind, own)
@@ -165,29 +251,66 @@ def _patch(
         raise LoraError(
             f"LoRA {name!r}: the tensors of layer {layer!r} do not fit together"
         ) from error
-    return Patch(layer, modules, kind, parts, rank, shape, layer == SWAPPED_HALVES)
+    return Patch(layer, modules, kind, parts, rank, shape, layer in SWAPPED_HALVES)
+
+
+def _unsupported(kind: str, layer: str, parts: Mapping[str, str]) -> str | None:
+    """Why a layer cannot be applied as its trainer meant it, or None."""
+    if {"lokr_t2", "hada_t1", "hada_t2"} & parts.keys():
+        return "is in the convolution form of LyCORIS"
+    if kind in ("lokr", "loha") and "magnitude" in parts:
+        return f"has a dora_scale beside its {kind}: only a plain LoRA's magnitudes are applied"
+    if kind == "lokr" and layer in SWAPPED_HALVES:
+        return "is a lokr there, whose halves cannot be put into the model's order"
+    if kind == "dora" and not {"down", "up"} <= parts.keys():
+        return "has magnitudes and no factors"
+    return None
 
 
 def _measure(kind: str, own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:
     """Rank and (out, in) shape of the weight change that tensors of these shapes make."""
     if math.prod(own.get("alpha", ())) != 1:
         raise ValueError("alpha")
-    if kind in ("lora", "dora"):
-        (rank, columns), (rows, same) = own["down"], own["up"]
-        if rank != same or math.prod(own.get("magnitude", (rows,))) != rows:
-            raise ValueError(kind)
-        return rank, (rows, columns)
-    if kind == "diff":
-        rows, columns = own["diff"]
-        return 0, (rows, columns)
-    if kind == "loha":
-        (rows, rank), (same, columns) = own["hada_w1_a"], own["hada_w1_b"]
-        if rank != same or own["hada_w2_a"][0] != rows or own["hada_w2_b"][1] != columns:
-            raise ValueError(kind)
-        return rank, (rows, columns)
+    rank, shape = _MEASURES[kind](own)
+    if 0 in shape:
+        raise ValueError("empty")
+    return rank, shape
+
+
+def _measure_lora(own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:
+    (rank, columns), (rows, same) = own["down"], own["up"]
+    if rank != same or rank == 0 or math.prod(own.get("magnitude", (rows,))) != rows:
+        raise ValueError("lora")
+    return rank, (rows, columns)
+
+
+def _measure_diff(own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:
+    rows, columns = own["diff"]
+    return 0, (rows, columns)
+
+
+def _measure_loha(own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:
+    (rows, rank), (rank_b, columns) = own["hada_w1_a"], own["hada_w1_b"]
+    if (own["hada_w2_a"], own["hada_w2_b"]) != ((rows, rank), (rank, columns)):
+        raise ValueError("loha")
+    if rank != rank_b or rank == 0:
+        raise ValueError("loha")
+    return rank, (rows, columns)
+
+
+def _measure_lokr(own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:
     (rows1, columns1), rank1 = _factor("lokr_w1", own)
     (rows2, columns2), rank2 = _factor("lokr_w2", own)
     return max(rank1, rank2), (rows1 * rows2, columns1 * columns2)
+
+
+_MEASURES = {
+    "lora": _measure_lora,
+    "dora": _measure_lora,
+    "diff": _measure_diff,
+    "loha": _measure_loha,
+    "lokr": _measure_lokr,
+}
 
 
 def _factor(part: str, own: Mapping[str, Shape]) -> tuple[tuple[int, int], int]:
@@ -195,7 +318,7 @@ def _factor(part: str, own: Mapping[str, Shape]) -> tuple[tuple[int, int], int]:
         rows, columns = own[part]
         return (rows, columns), 0
     (rows, rank), (same, columns) = own[f"{part}_a"], own[f"{part}_b"]
-    if rank != same:
+    if rank != same or rank == 0:
         raise ValueError(part)
     return (rows, columns), rank
 
@@ -243,37 +366,3 @@ def _format(
     style = named.get(prefix, "bfl" if bfl else "diffusers")
     kind = "+".join(sorted(kinds))
     return style if kind == "lora" else f"{style} {kind}"
-
-
-def _trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """The tags ai-toolkit and kohya write: {"1_name": {"word": count}}."""
-    try:
-        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
-        return tuple(dict.fromkeys(str(tag) for tags in folders.values() for tag in tags))[:8]
-    except (ValueError, AttributeError, TypeError):
-        return ()
-
-
-def _training(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Claims worth showing; ai-toolkit and kohya write JSON into some of the strings."""
-    found = {
-        "base_model": metadata.get("ss_base_model_version", ""),
-        "name": metadata.get("name", "") or metadata.get("ss_output_name", ""),
-        "alpha": metadata.get("ss_network_alpha", ""),
-    }
-    for key, inner in (("training_info", ("step", "epoch")), ("software", ("name", "version"))):
-        try:
-            stored = json.loads(metadata.get(key, "{}"))
-            found |= {f"{key}_{name}": str(stored[name]) for name in inner if name in stored}
-        except (ValueError, TypeError):
-            continue
-    return {key: value[:200] for key, value in found.items() if value}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _some(head: header.Header) -> str:
-    return ", ".join(repr(name[:60]) for name in list(head.shapes)[:3])

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+SCALE_RANGE = (-4.0, 4.0)
+"""Of a request's scale, and of the one kept beside a file."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoraSpec:

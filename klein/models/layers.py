@@ -29,8 +29,9 @@ _OTHER = {
     "final_layer.adaLN_modulation.1": "norm_out.linear",
 }
 
-SWAPPED_HALVES = "final_layer.adaLN_modulation.1"
-"""BFL stores shift then scale here, diffusers scale then shift."""
+SWAPPED_HALVES = frozenset({"final_layer.adaLN_modulation.1", "final_layer_adaLN_modulation_1"})
+"""The layer, in both spellings, whose halves BFL stores as shift, scale and diffusers as scale,
+shift."""
 
 
 @functools.cache

@@ -3,10 +3,8 @@
 A place counts only when all files of the model are in it: half a download is not a model.
 """
 
-import errno
 import json
 import logging
-import os
 import shutil
 import sys
 import threading
@@ -16,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from klein.errors import ModelUnavailable
+from klein.sources import hub
+from klein.sources.hub import HubFailed, Problem
 
-log = logging.getLogger("bentoml.klein")
+log = logging.getLogger(__name__)
 
 PATTERNS = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.jinja")
 """What a pipeline is made of. Not the single-file copies that repositories keep beside it."""
@@ -57,9 +57,7 @@ MOUNTED = (
 
 def places() -> tuple[Place, ...]:
     """Where to look, in order; the last is the cache that a download fills."""
-    from huggingface_hub import constants
-
-    return (*MOUNTED, Place("the Hugging Face cache", Path(constants.HF_HUB_CACHE)))
+    return (*MOUNTED, Place("the Hugging Face cache", hub.cache_folder()))
 
 
 def find(repo: str, revision: str | None, where: tuple[Place, ...]) -> Found | None:
@@ -136,46 +134,21 @@ def download(repo: str, revision: str | None, token: str | None) -> Found:
 
     Raises ModelUnavailable when it does not fit on the disk or does not come.
     """
-    from huggingface_hub import constants, snapshot_download
-
-    cache = Path(constants.HF_HUB_CACHE)
+    cache = hub.cache_folder()
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        files = snapshot_download(
-            repo, revision=revision, token=token, allow_patterns=[*PATTERNS], dry_run=True
-        )
-        missing = sum(file.file_size or 0 for file in files if file.will_download)
+        missing = hub.missing_bytes(repo, revision, token, PATTERNS)
         _require_room(cache, missing, repo)
         log.info("downloading %s: %s into %s", repo, _gb(missing), cache)
-        with _told(cache / f"models--{repo.replace('/', '--')}" / "blobs", missing):
-            folder = snapshot_download(
-                repo, revision=revision, token=token, allow_patterns=[*PATTERNS]
-            )
-    except ModelUnavailable:
-        raise
-    except Exception as error:  # the Hub's client has changed its HTTP library before
+        with _logged(cache / f"models--{repo.replace('/', '--')}" / "blobs", missing):
+            folder = hub.download(repo, revision, token, PATTERNS)
+    except HubFailed as error:
         raise ModelUnavailable(
-            unwritable(error)
-            or f"{repo} could not be downloaded ({type(error).__name__}): check the network and "
-            "start klein again; it goes on where it stopped"
+            str(error)
+            if error.problem is Problem.UNWRITABLE
+            else f"{repo} could not be downloaded: it {error}; check the network and start klein "
+            "again; it goes on where it stopped"
         ) from error
-    return Found("a download from the Hugging Face Hub", Path(folder), Path(folder).name)
-
-
-def unwritable(error: Exception) -> str | None:
-    """What to do about `error` if it says that the Hugging Face cache cannot be written."""
-    if not isinstance(error, OSError) or error.errno not in (
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-    ):
-        return None
-    from huggingface_hub import constants
-
-    return (
-        f"{constants.HF_HUB_CACHE} cannot be written: mount a volume there that user {os.getuid()} "
-        "can write, or set HF_HOME to a folder it can"
-    )
+    return Found("the Hugging Face Hub", folder, folder.name)
 
 
 def _require_room(cache: Path, needed: int, repo: str) -> None:
@@ -188,8 +161,8 @@ def _require_room(cache: Path, needed: int, repo: str) -> None:
 
 
 @contextmanager
-def _told(blobs: Path, total: int) -> Iterator[None]:
-    """Say in the log how far a download is; on a terminal the Hub's own bar does."""
+def _logged(blobs: Path, total: int) -> Iterator[None]:
+    """Log how far a download is; on a terminal the Hub's own bar says so."""
     if sys.stderr.isatty():
         yield
         return

@@ -3,19 +3,18 @@
 Everything that would stop the start half an hour later stops it here, with one sentence.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from klein.errors import ModelUnavailable
-from klein.models import catalog as models
-from klein.models import locate as weights
-from klein.models import speed as acceleration
+from klein.models import catalog, locate, speed
 from klein.models.catalog import GB, ModelSpec
 from klein.models.identify import LOCAL, NANO_FOLDER, ReadConfig, folder_reader, identify, local
-from klein.models.machine import Machine
+from klein.models.machine import Device, Kind, Machine
 from klein.models.speed import Acceleration
 from klein.settings import Offload, Settings
+from klein.sources import hub
+from klein.sources.hub import HubFailed, Problem
 
 SEQUENTIAL_BYTES = 6 * GB
 """With sequential offload: the largest layer and a picture."""
@@ -25,21 +24,31 @@ SEQUENTIAL_BYTES = 6 * GB
 class Plan:
     """What to load: `source` is a folder, or a Hub id to `download`; `why` explains the placement.
 
-    `acceleration` is what is put on it, `found_in` says in words where the weights are, `roomy`
-    whether float8 copies fit on the GPU beside their originals.
+    `target` is what draws, `acceleration` is what is put on it, `found_in` says in words where
+    the weights are, `originals_fit` whether float8 copies fit on the GPU beside their originals.
     """
 
     source: str
     revision: str | None
     spec: ModelSpec
-    device: str
+    target: Device
     offload: Offload
     why: str
     acceleration: Acceleration
     found_in: str
     local: bool = False
     download: bool = False
-    roomy: bool = True
+    originals_fit: bool = True
+
+    @property
+    def device(self) -> Kind:
+        """The kind of the target."""
+        return self.target.kind
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU draws."""
+        return self.target.kind == "cuda"
 
     @property
     def read_to(self) -> str:
@@ -49,27 +58,20 @@ class Plan:
     @property
     def transformer_to(self) -> str:
         """The device that the transformer is read to: originals of float8 copies may not fit."""
-        return "cpu" if self.acceleration.has("float8") and not self.roomy else self.read_to
+        return "cpu" if self.acceleration.has("float8") and not self.originals_fit else self.read_to
 
 
 def plan(settings: Settings, machine: Machine) -> Plan:
     """The plan for these settings on this machine; raises ModelUnavailable with the way out."""
-    known = models.known(settings.model_id)
+    known = catalog.known(settings.model_id)
     repo = (known.repo if known else None) or settings.model_id
-    found = local(settings.model_id) or weights.find(
-        repo, settings.model_revision, weights.places()
-    )
+    found = local(settings.model_id) or locate.find(repo, settings.model_revision, locate.places())
     read = folder_reader(found.folder) if found else _hub_reader(repo, settings)
     spec = known or identify(read)
-    device = _device(settings, machine, spec)
-    offload, why = place(settings, machine, spec, device)
+    device = machine.device(_kind(settings, machine, spec))
+    offload, why = place(settings, machine, spec, device.kind)
     situation = {offload} | ({"distilled"} if spec.distilled else set())
-    faster = acceleration.choose(
-        settings.speed,
-        device,
-        machine.gpus[0].capability if device == "cuda" else (0, 0),
-        frozenset(situation),
-    )
+    faster = speed.choose(settings.speed, device.kind, device.capability, frozenset(situation))
     if known:
         read("model_index.json")
     return Plan(
@@ -83,7 +85,7 @@ def plan(settings: Settings, machine: Machine) -> Plan:
         found_in=found.place if found else "the Hugging Face Hub, to be downloaded",
         local=found is not None and found.place == LOCAL,
         download=found is None,
-        roomy=device == "cpu" or _both_fit(spec, machine),
+        originals_fit=device.kind == "cpu" or _both_fit(spec, machine),
     )
 
 
@@ -92,18 +94,18 @@ def fetched(plan: Plan, settings: Settings) -> Plan:
     if not plan.download:
         return plan
     token = settings.hf_token.value if settings.hf_token else None
-    found = weights.download(plan.source, plan.revision, token)
+    found = locate.download(plan.source, plan.revision, token)
     return replace(plan, source=str(found.folder), revision=found.revision, download=False)
 
 
 def _both_fit(spec: ModelSpec, machine: Machine) -> bool:
     both = spec.resident_bytes + spec.block_parameters
-    return both + working_bytes(spec, "fast") < machine.gpus[0].free
+    return both + working_bytes(spec, "fast") < machine.device("cuda").free
 
 
 def working_bytes(spec: ModelSpec, tier: str) -> int:
     """GPU memory beside the weights for pictures of the model's native size."""
-    return models.CONTEXT_BYTES + models.PEAKS[tier].of(spec.native_size, spec.native_size)
+    return catalog.CONTEXT_BYTES + catalog.PEAKS[tier].of(spec.native_size, spec.native_size)
 
 
 def lora_folder(settings: Settings) -> Path | None:
@@ -113,52 +115,52 @@ def lora_folder(settings: Settings) -> Path | None:
     return settings.lora_dir
 
 
+_FIELDS = {
+    Problem.GATED: "HF_TOKEN",
+    Problem.NO_REVISION: "MODEL_REVISION",
+}
+"""The setting to change; MODEL_ID where it is none of these."""
+
+
 def _hub_reader(repo: str, settings: Settings) -> ReadConfig:
     """Reads small files of a Hub repository through its cache; its errors are the way out."""
-    from huggingface_hub import errors, hf_hub_download
-
     token = settings.hf_token.value if settings.hf_token else None
 
     def read(name: str) -> dict[str, object]:
         try:
-            path = hf_hub_download(repo, name, revision=settings.model_revision, token=token)
-        except errors.GatedRepoError as error:
-            way = (
-                "accept its licence there with the account of your HF_TOKEN"
-                if token
-                else "accept its licence there and set HF_TOKEN"
-            )
-            raise ModelUnavailable(f"{repo} is gated: {way}", field="HF_TOKEN") from error
-        except errors.RepositoryNotFoundError as error:
-            raise ModelUnavailable(
-                f"{repo} is not on the Hub, or private: check MODEL_ID, set HF_TOKEN",
-                field="MODEL_ID",
-            ) from error
-        except errors.RevisionNotFoundError as error:
-            raise ModelUnavailable(
-                f"{repo} has no revision {settings.model_revision!r}: check MODEL_REVISION",
-                field="MODEL_REVISION",
-            ) from error
-        except Exception as error:  # the Hub's client has changed its HTTP library before
-            raise ModelUnavailable(
-                weights.unwritable(error)
-                or f"{repo} is not in the cache and could not be fetched from the Hub "
-                f"({type(error).__name__}): check the network, or use MODEL_ID=nano",
-                field="MODEL_ID",
-            ) from error
-        return dict(json.loads(Path(path).read_text()))
+            return hub.read_json(repo, name, settings.model_revision, token)
+        except HubFailed as error:
+            why = _way_out(error, repo, settings)
+            field = _FIELDS.get(error.problem, "MODEL_ID")
+            raise ModelUnavailable(why, field=field) from error
 
     return read
 
 
-def _device(settings: Settings, machine: Machine, spec: ModelSpec) -> str:
+def _way_out(error: HubFailed, repo: str, settings: Settings) -> str:
+    match error.problem:
+        case Problem.GATED if settings.hf_token:
+            return f"{repo} is gated: accept its licence there with the account of your HF_TOKEN"
+        case Problem.GATED:
+            return f"{repo} is gated: accept its licence there and set HF_TOKEN"
+        case Problem.NO_REPOSITORY:
+            return f"{repo} is not on the Hub, or private: check MODEL_ID, set HF_TOKEN"
+        case Problem.NO_REVISION:
+            return f"{repo} has no revision {settings.model_revision!r}: check MODEL_REVISION"
+        case Problem.UNWRITABLE:
+            return str(error)
+        case _:
+            return f"{repo} {error}: check the network, or use MODEL_ID=nano"
+
+
+def _kind(settings: Settings, machine: Machine, spec: ModelSpec) -> Kind:
     if settings.device == "cuda" and not machine.gpus:
         raise ModelUnavailable(
             "KLEIN_DEVICE=cuda, but there is no NVIDIA GPU here (or no driver); "
             "in Docker, start with --gpus all",
             field="KLEIN_DEVICE",
         )
-    device = settings.device if settings.device != "auto" else "cuda" if machine.gpus else "cpu"
+    device: Kind = "cuda" if machine.gpus and settings.device != "cpu" else "cpu"
     if device == "cpu" and spec.needs_gpu and settings.device == "auto":
         raise ModelUnavailable(
             f"{spec.name} needs an NVIDIA GPU and there is none here: use MODEL_ID=nano to try "
@@ -175,13 +177,13 @@ def _device(settings: Settings, machine: Machine, spec: ModelSpec) -> str:
 
 
 def place(
-    settings: Settings, machine: Machine, spec: ModelSpec, device: str
+    settings: Settings, machine: Machine, spec: ModelSpec, device: Kind
 ) -> tuple[Offload, str]:
     """How to spread the weights, and why; raises ModelUnavailable if they fit nowhere."""
     if device == "cpu":
         return "none", "on the CPU"
-    tier = acceleration.wanted(settings.speed, device)
-    free = machine.gpus[0].free
+    tier = speed.wanted(settings.speed, device)
+    free = machine.device("cuda").free
     working = working_bytes(spec, tier.name)
     resident = spec.resident_bytes
     if "float8" in tier.options:
@@ -193,7 +195,7 @@ def place(
     }
     allowed = [x for x in needs if settings.offload in ("auto", x)]
     if settings.speed != "auto" and settings.offload == "auto":
-        allowed = [x for x in allowed if not acceleration.excludes(tier, x)]
+        allowed = [x for x in allowed if not speed.excludes(tier, x)]
     fitting = next((x for x in allowed if needs[x] <= free), None)
     if fitting is None:
         least = needs[allowed[-1]]

@@ -13,11 +13,16 @@ Coefficients = tuple[float, ...]
 @dataclass(frozen=True, slots=True)
 class Sampler:
     """One sampler. `label` is what other programs call it, `history` how many velocities a step
-    reads, its own included."""
+    reads, its own included.
+
+    `skips_from` is the least number of steps of which step skipping leaves some out: with fewer
+    it changes images more than rounding to float8 does (SPEED.md, "Samplers").
+    """
 
     name: str
     label: str
     history: int
+    skips_from: int
     coefficients: Callable[[Sequence[float], int], Coefficients]
     """Of step `i` over `sigmas`, N levels and the 0 after them; the newest velocity's first."""
     doc: str
@@ -39,11 +44,14 @@ def _ab2(sigmas: Sequence[float], i: int) -> Coefficients:
 SAMPLERS: dict[str, Sampler] = {
     row.name: row
     for row in (
-        Sampler("euler", "Euler", 1, _euler, "Euler's method, as diffusers samples; the default"),
+        Sampler(
+            "euler", "Euler", 1, 15, _euler, "Euler's method, as diffusers samples; the default"
+        ),
         Sampler(
             "ab2",
             "Adams-Bashforth 2",
             2,
+            20,
             _ab2,
             "second-order Adams–Bashforth: 16 steps for Euler's 28",
         ),

@@ -8,6 +8,7 @@ from collections.abc import Set
 from dataclasses import dataclass
 
 from klein.errors import ModelUnavailable
+from klein.models.samplers import SAMPLERS
 
 Capability = tuple[int, int]
 """An NVIDIA GPU's compute capability: (9, 0) is Hopper."""
@@ -86,6 +87,8 @@ class Acceleration:
 STEP_SKIPPING = StepSkipping(first=3, every=2)
 """28 steps become 16: SPEED.md has what others cost."""
 
+_SKIPS_FROM = ", ".join(f"{row.skips_from} steps or more ({row.name})" for row in SAMPLERS.values())
+
 OPTIONS: dict[str, Option] = {
     row.name: row
     for row in (
@@ -126,7 +129,8 @@ OPTIONS: dict[str, Option] = {
         Option(
             "step_skipping",
             False,
-            f"after {STEP_SKIPPING.first} steps only every other one and the last are computed",
+            f"after {STEP_SKIPPING.first} steps only every other one and the last are computed, "
+            f"in runs of {_SKIPS_FROM}",
             excludes=("distilled",),
         ),
     )

@@ -15,7 +15,7 @@ from klein.core import Delivery, GeneratedImage, GenerationParams, GenerationRes
 from klein.errors import InvalidRequest
 from klein.models.samplers import SAMPLERS
 from klein.request.schema import GenerateRequest
-from klein.sources.reference import redacted
+from klein.sources.address import redacted
 
 _NEGATIVE = "\nNegative prompt: "
 _OWN = re.compile(r', klein: ("(?:[^"\\]|\\.)*")$')

@@ -11,7 +11,7 @@ from klein.errors import InvalidRequest, OutputTooLarge
 from klein.output import images, metadata
 from klein.output.delivery import Bucket
 from klein.request.formats import FORMATS
-from klein.sources.reference import redacted
+from klein.sources.address import redacted
 
 SMALLER = ("webp", 90)
 """Format and quality that images get when an answer would be too large for the platform."""

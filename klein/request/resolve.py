@@ -7,7 +7,7 @@ from typing import Any
 
 from klein.core import Delivery, GenerationParams
 from klein.errors import InvalidRequest
-from klein.lora.spec import LoraSpec
+from klein.lora.spec import SCALE_RANGE, LoraSpec
 from klein.models import sizes
 from klein.models.catalog import ModelSpec
 from klein.models.sizes import Size
@@ -15,7 +15,7 @@ from klein.request import edit
 from klein.request.edit import InputSources
 from klein.request.formats import FORMATS
 from klein.request.presets import DEFAULT_PRESET, PRESETS, Preset
-from klein.request.schema import MAX_LORAS, SCALE_RANGE, GenerateRequest
+from klein.request.schema import MAX_LORAS, GenerateRequest
 
 
 @dataclass(frozen=True, slots=True)

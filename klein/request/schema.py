@@ -16,13 +16,13 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from klein.errors import InvalidRequest, unknown
+from klein.lora.spec import SCALE_RANGE
 from klein.models.samplers import DEFAULT_SAMPLER, SAMPLERS
 from klein.models.schedule import MU_RANGE, SCHEDULES
 from klein.request import formats, presets
 from klein.request.images import MAX_IMAGES, MAX_TEXT
 
 MAX_LORAS = 8
-SCALE_RANGE = (-4.0, 4.0)
 MAX_PROMPT = 5000
 """Characters; what the encoder reads of a prompt is about half of that."""
 

@@ -1,42 +1,85 @@
-"""Downloads that are bounded, resumable and cannot reach into the operator's own network.
+"""Fetching that is bounded in bytes and time, can be resumed, and follows no redirect unchecked."""
 
-Every host, at every redirect, is looked up once, checked, and connected to by the address that was
-checked, so that a name cannot change its meaning between the check and the use.
-"""
-
-import ipaddress
 import json
-import socket
-import time
+import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
 
 import httpcore
 
+from klein.sources.address import Address, BadAddress, is_public
+from klein.sources.transport import UNWATCHED, Bounds, FetchFailed, GuardedNetwork, Watch, tls
+
 MAX_BYTES = 4 * 1024**3
-"""The largest LoRA, wherever it comes from."""
+"""The largest file, wherever it comes from."""
 MAX_JSON_BYTES = 2 * 1024**2
 MAX_SECONDS = 900.0
+"""Of one exchange whose caller names no earlier deadline."""
 MAX_REDIRECTS = 5
-TIMEOUTS = {"connect": 15.0, "read": 30.0, "write": 30.0, "pool": 30.0}
+STEP_BYTES = 64 * 1024**2
+"""What is reserved at a time for a file of untold size."""
+_ETAG = re.compile(r'"[\x21\x23-\x7e]{0,200}"')
+_RETRYABLE = frozenset({408, 425, 429})
 
-OnBytes = Callable[[int, int | None], None]
-"""Called with bytes so far and in all (None where the server does not say); may raise to stop."""
+Reserve = Callable[[int], None]
+"""Called with the bytes that a file will have taken, before they are written; may raise."""
 
 
-class FetchFailed(Exception):
-    """One sentence on why nothing was fetched; it names the host, never the whole address.
+class Refused(FetchFailed):
+    """An answer that is no success. `reason` is the Hub's code for it, where there is one."""
 
-    `retryable` is for faults of the network, which may be gone the next time.
-    """
+    def __init__(self, host: str, status: int, reason: str = "") -> None:
+        why = f"{host} answered with status {status}"
+        if status in (401, 403):
+            why = f"{host} wants a token, or another one (status {status})"
+        super().__init__(why, retryable=status in _RETRYABLE or status >= 500)
+        self.status = status
+        self.reason = reason
 
-    def __init__(self, message: str, *, retryable: bool = False) -> None:
-        super().__init__(message)
-        self.retryable = retryable
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A file that can be fetched: its address, what is sent along, and what it must be."""
+
+    url: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    sha256: str | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """The head of an answer, and its body in pieces."""
+
+    host: str
+    status: int
+    headers: Mapping[str, str]
+    body: Iterator[bytes]
+
+    @property
+    def length(self) -> int | None:
+        """Bytes of the body, as told."""
+        told = self.headers.get("content-length", "")
+        return int(told) if re.fullmatch(r"\d{1,15}", told) else None
+
+    @property
+    def span(self) -> tuple[int | None, int | None]:
+        """First byte and whole size of a partial answer."""
+        hit = re.fullmatch(
+            r"bytes (?:(\d{1,15})-\d{1,15}|\*)/(\d{1,15}|\*)", self.headers.get("content-range", "")
+        )
+        if hit is None:
+            return None, None
+        return int(hit[1]) if hit[1] else None, int(hit[2]) if hit[2] != "*" else None
+
+    @property
+    def tag(self) -> str:
+        """The strong ETag, or nothing."""
+        told = self.headers.get("etag", "")
+        return told if _ETAG.fullmatch(told) else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,100 +88,32 @@ class Fetcher:
 
     own_hosts: frozenset[str] = frozenset()
 
-    def json(self, url: str, headers: Mapping[str, str]) -> Any:
-        """A small JSON document."""
-        with self._open(url, headers) as response:
-            body = b""
-            for chunk in response.iter_stream():
-                body += chunk
-                if len(body) > MAX_JSON_BYTES:
-                    raise FetchFailed(f"{_host(url)} answered with too much")
+    def json(self, url: str, headers: Mapping[str, str], watch: Watch = UNWATCHED) -> Any:
+        """A small JSON document; raises FetchFailed."""
+        body = self.read(url, MAX_JSON_BYTES, watch, headers)
         try:
             return json.loads(body)
-        except ValueError as error:
-            raise FetchFailed(f"{_host(url)} did not answer with JSON") from error
+        except (ValueError, RecursionError) as error:
+            raise FetchFailed(f"{_parsed(url).host} did not answer with JSON") from error
 
-    def read(self, url: str, max_bytes: int, on_bytes: OnBytes) -> bytes:
-        """A small file of at most `max_bytes`, in memory; raises FetchFailed."""
+    def read(
+        self,
+        url: str,
+        max_bytes: int,
+        watch: Watch = UNWATCHED,
+        headers: Mapping[str, str] | None = None,
+    ) -> bytes:
+        """A small file, in memory; raises FetchFailed if it has more than `max_bytes`."""
         body = bytearray()
-        with self._open(url, {}) as response:
-            answer = {name.lower(): value for name, value in response.headers}
-            length = answer.get(b"content-length", b"")
-            total = int(length) if length.isdigit() else None
-            for chunk in response.iter_stream():
+        with self._open("GET", url, headers or {}, watch) as answer:
+            for chunk in answer.body:
                 body += chunk
-                if max(len(body), total or 0) > max_bytes:
-                    raise FetchFailed(f"{_host(url)} offers more than {max_bytes} bytes")
-                on_bytes(len(body), total)
+                if max(len(body), answer.length or 0) > max_bytes:
+                    raise FetchFailed(
+                        f"{answer.host} answered with too much, more than {max_bytes} bytes"
+                    )
+                watch.on_bytes(len(body), answer.length)
         return bytes(body)
-
-    def download(self, url: str, part: Path, headers: Mapping[str, str], on_bytes: OnBytes) -> None:
-        """Fetch `url` into `part`, going on where an earlier attempt with the same tag stopped.
-
-        Raises FetchFailed; what was received stays in `part` for the next attempt.
-        """
-        tag_file = part.with_suffix(".tag")
-        tag = tag_file.read_text() if tag_file.exists() and part.exists() else ""
-        have = part.stat().st_size if tag else 0
-        ranged = {"range": f"bytes={have}-", "if-range": tag} if have else {}
-        ends = time.monotonic() + MAX_SECONDS
-        with self._open(url, {**headers, **ranged}) as response:
-            answer = {k.decode().lower(): v.decode("latin-1") for k, v in response.headers}
-            resumed = response.status == 206
-            have = have if resumed else 0
-            length = answer.get("content-length")
-            total = have + int(length) if length and length.isdigit() else None
-            check_size(_host(url), total or 0)
-            tag_file.write_text(answer.get("etag", ""))
-            with part.open("ab" if resumed else "wb") as out:
-                for chunk in response.iter_stream():
-                    out.write(chunk)
-                    have += len(chunk)
-                    on_bytes(have, total)
-                    if have > MAX_BYTES or time.monotonic() > ends:
-                        raise FetchFailed(f"{_host(url)} sends too much, or too slowly")
-        if total is not None and have != total:
-            raise FetchFailed(f"{_host(url)} hung up after {have} of {total} bytes; try again")
-        tag_file.unlink(missing_ok=True)
-
-    @contextmanager
-    def _open(self, url: str, headers: Mapping[str, str]) -> Iterator[httpcore.Response]:
-        """The answer to a GET after at most five checked redirects."""
-        with httpcore.ConnectionPool(network_backend=_Guard(self.own_hosts)) as pool:
-            sent = {"user-agent": "klein", "accept-encoding": "identity", **headers}
-            for _ in range(MAX_REDIRECTS + 1):
-                self._check_scheme(url)
-                try:
-                    with pool.stream(
-                        "GET", url, headers=list(sent.items()), extensions={"timeout": TIMEOUTS}
-                    ) as response:
-                        if response.status in (301, 302, 303, 307, 308):
-                            url, sent = _follow(url, response, sent)
-                            continue
-                        _check_status(url, response.status)
-                        yield response
-                        return
-                except (httpcore.NetworkError, httpcore.TimeoutException) as error:
-                    raise FetchFailed(
-                        f"{_host(url)} cannot be reached ({type(error).__name__})",
-                        retryable=True,
-                    ) from error
-                except httpcore.ProtocolError as error:
-                    raise FetchFailed(
-                        f"{_host(url)} broke off; try again", retryable=True
-                    ) from error
-            raise FetchFailed(f"{_host(url)} redirects without end")
-
-    def require_allowed(self, url: str) -> None:
-        """Raise FetchFailed for an address that says itself that it is never asked."""
-        self._check_scheme(url)
-        parts = urlsplit(url)
-        try:
-            public = is_public(parts.hostname or "")
-        except ValueError:  # a name, which is looked up when it is asked
-            return
-        if not public and not {parts.hostname, parts.netloc} & self.own_hosts:
-            raise FetchFailed(f"{_host(url)} is inside this network and is not asked")
 
     def post(self, url: str, body: bytes, headers: Mapping[str, str], deadline: float) -> int:
         """The status with which a POST is answered; redirects are not followed.
@@ -146,70 +121,167 @@ class Fetcher:
         `deadline` is on the clock of time.monotonic. Raises FetchFailed for a host that is never
         asked, and ConnectionError for one that cannot be reached.
         """
-        self.require_allowed(url)
-        left = max(0.1, deadline - time.monotonic())
-        timeouts = {name: min(seconds, left) for name, seconds in TIMEOUTS.items()}
-        sent = {"user-agent": "klein", **headers}
         try:
-            with (
-                httpcore.ConnectionPool(network_backend=_Guard(self.own_hosts)) as pool,
-                pool.stream(
-                    "POST",
-                    url,
-                    headers=list(sent.items()),
-                    content=body,
-                    extensions={"timeout": timeouts},
-                ) as response,
-            ):
-                return response.status
-        except (
-            httpcore.NetworkError,
-            httpcore.TimeoutException,
-            httpcore.ProtocolError,
-        ) as error:
-            raise ConnectionError(
-                f"{_host(url)} cannot be reached ({type(error).__name__})"
-            ) from error
+            with self._open("POST", url, headers, Watch(deadline), body) as answer:
+                return answer.status
+        except Refused as error:
+            return error.status
+        except FetchFailed as error:
+            if error.retryable:
+                raise ConnectionError(str(error)) from error
+            raise
 
-    def _check_scheme(self, url: str) -> None:
-        parts = urlsplit(url)
-        if parts.username or parts.password:
-            raise FetchFailed("addresses with a user name in them are not taken")
-        if parts.scheme != "https" and (parts.scheme, parts.netloc in self.own_hosts) != (
-            "http",
-            True,
-        ):
-            raise FetchFailed(f"{_host(url)} must be reached over https")
+    def require_allowed(self, url: str) -> None:
+        """Raise FetchFailed for an address that says itself that it is never asked."""
+        address = self._checked(_parsed(url))
+        try:
+            public = is_public(address.host)
+        except ValueError:  # a name, which is looked up when it is asked
+            return
+        if not public and not self._is_own(address):
+            raise FetchFailed(f"{address.host} is inside this network and is not asked")
 
-
-class _Guard(httpcore.NetworkBackend):
-    """Connects to checked addresses only."""
-
-    def __init__(self, own_hosts: frozenset[str]) -> None:
-        self._own_hosts = own_hosts
-        self._real = httpcore.SyncBackend()
-
-    def connect_tcp(
+    def download(
         self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Any = None,
-    ) -> httpcore.NetworkStream:
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except OSError as error:
-            raise httpcore.ConnectError(f"{host} has no address") from error
-        addresses = [str(entry[4][0]) for entry in found]
-        if not {host, f"{host}:{port}"} & self._own_hosts:
-            for address in addresses:
-                if not is_public(address):
-                    raise FetchFailed(
-                        f"{host} is inside this network and is not asked; "
-                        "name it in KLEIN_FETCH_HOSTS if it is yours"
-                    )
-        return self._real.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
+        offer: Offer,
+        part: Path,
+        watch: Watch = UNWATCHED,
+        reserve: Reserve = lambda _: None,
+    ) -> None:
+        """Fetch a file into `part`, going on where an earlier attempt with the same tag stopped.
+
+        Raises FetchFailed, and OSError as the disk does; what was received stays in `part` for
+        the next attempt.
+        """
+        check_size(_parsed(offer.url).host, offer.size or 0)
+        for _ in range(2):
+            if self._resume(offer, part, watch, reserve):
+                part.with_suffix(".tag").unlink(missing_ok=True)
+                return
+            forget(part)
+        raise FetchFailed(f"{_parsed(offer.url).host} gives parts that do not fit together")
+
+    def _resume(self, offer: Offer, part: Path, watch: Watch, reserve: Reserve) -> bool:
+        """Whether `part` is whole now; if not, it cannot become so and must begin anew."""
+        tag, have = _begun(part)
+        ranged = {"range": f"bytes={have}-", "if-range": tag} if have else {}
+        with self._open("GET", offer.url, {**offer.headers, **ranged}, watch) as answer:
+            start, whole = answer.span
+            if answer.status == 416:
+                return have > 0 and whole == have
+            if answer.status == 206 and (not have or start != have):
+                return False
+            have = have if answer.status == 206 else 0
+            total = None if answer.length is None else have + answer.length
+            check_size(answer.host, total or 0)
+            reserve(total or STEP_BYTES)
+            part.with_suffix(".tag").write_text(answer.tag)
+            have = _write(answer, part, have, total, watch, reserve)
+        if have != (total or have) or have != (offer.size or have):
+            raise FetchFailed(
+                f"{answer.host} sent {have} of {offer.size or total} bytes", retryable=True
+            )
+        return True
+
+    @contextmanager
+    def _open(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        watch: Watch,
+        content: bytes | None = None,
+    ) -> Iterator[_Answer]:
+        """The answer after at most five checked redirects, of a GET; raises FetchFailed."""
+        address = _parsed(url)
+        sent = {"user-agent": "klein", "accept-encoding": "identity", **headers}
+        bounds = Bounds(watch, MAX_SECONDS)
+        network = GuardedNetwork(self.own_hosts, bounds)
+        with httpcore.ConnectionPool(tls(), network_backend=network) as pool:
+            for _ in range(MAX_REDIRECTS + 1):
+                self._checked(address)
+                bounds.expect_head()
+                with (
+                    _mapped(address.host),
+                    pool.stream(
+                        method, str(address), headers=list(sent.items()), content=content
+                    ) as response,
+                ):
+                    bounds.expect_body()
+                    answer = _answer(address.host, response)
+                    if method == "GET" and response.status in (301, 302, 303, 307, 308):
+                        address, sent = _follow(address, answer, sent)
+                        continue
+                    if not (200 <= response.status < 300 or _is_late(response.status, sent)):
+                        reason = answer.headers.get("x-error-code", "")
+                        raise Refused(address.host, response.status, reason)
+                    yield answer
+                    return
+        raise FetchFailed(f"{address.host} redirects without end")
+
+    def _checked(self, address: Address) -> Address:
+        if address.scheme != "https" and not (address.scheme == "http" and self._is_own(address)):
+            raise FetchFailed(f"{address.host} must be reached over https")
+        return address
+
+    def _is_own(self, address: Address) -> bool:
+        return bool({address.host, address.netloc} & self.own_hosts)
+
+
+@contextmanager
+def _mapped(host: str) -> Iterator[None]:
+    """The errors of the HTTP library as FetchFailed."""
+    try:
+        yield
+    except (httpcore.NetworkError, httpcore.TimeoutException) as error:
+        raise FetchFailed(
+            f"{host} cannot be reached ({type(error).__name__})", retryable=True
+        ) from error
+    except httpcore.ProtocolError as error:
+        raise FetchFailed(f"{host} broke off; try again", retryable=True) from error
+
+
+def _answer(host: str, response: httpcore.Response) -> _Answer:
+    headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in response.headers}
+    return _Answer(host, response.status, headers, response.iter_stream())
+
+
+def _is_late(status: int, sent: Mapping[str, str]) -> bool:
+    """Whether a server says that there is nothing after the part that is here already."""
+    return status == 416 and "range" in sent
+
+
+def _write(
+    answer: _Answer, part: Path, have: int, total: int | None, watch: Watch, reserve: Reserve
+) -> int:
+    """Write the body behind the first `have` bytes of `part`; returns how many there are then."""
+    reserved = total or STEP_BYTES
+    with part.open("ab" if have else "wb") as out:
+        for chunk in answer.body:
+            have += len(chunk)
+            if have > MAX_BYTES:
+                check_size(answer.host, have)
+            if have > reserved:
+                reserved = have + STEP_BYTES
+                reserve(reserved)
+            out.write(chunk)
+            watch.on_bytes(have, total)
+    return have
+
+
+def _begun(part: Path) -> tuple[str, int]:
+    """The tag and the size of what an earlier attempt left; nothing without a tag."""
+    with suppress(OSError, ValueError):
+        tag = part.with_suffix(".tag").read_text()
+        if _ETAG.fullmatch(tag):
+            return tag, part.stat().st_size
+    return "", 0
+
+
+def forget(part: Path) -> None:
+    """Delete what was received of a file."""
+    part.unlink(missing_ok=True)
+    part.with_suffix(".tag").unlink(missing_ok=True)
 
 
 def check_size(who: str, size: int) -> None:
@@ -218,39 +290,23 @@ def check_size(who: str, size: int) -> None:
         raise FetchFailed(f"{who} offers {size} bytes; {MAX_BYTES} are the most")
 
 
-def is_public(address: str) -> bool:
-    """Whether an IP address lies outside, also when it wraps another one."""
-    ip = ipaddress.ip_address(address.split("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if inner is not None:
-            return is_public(str(inner))
-        if ip in ipaddress.ip_network("64:ff9b::/32"):
-            return False
-    return ip.is_global and not ip.is_multicast
+def _parsed(url: str) -> Address:
+    try:
+        return Address.parse(url)
+    except BadAddress as error:
+        raise FetchFailed(str(error)) from error
 
 
 def _follow(
-    url: str, response: httpcore.Response, sent: dict[str, str]
-) -> tuple[str, dict[str, str]]:
-    location = next((v for k, v in response.headers if k.lower() == b"location"), None)
+    address: Address, answer: _Answer, sent: dict[str, str]
+) -> tuple[Address, dict[str, str]]:
+    location = answer.headers.get("location")
     if location is None:
-        raise FetchFailed(f"{_host(url)} redirects to nowhere")
-    target = urljoin(url, location.decode("latin-1"))
-    if urlsplit(target).netloc != urlsplit(url).netloc:
+        raise FetchFailed(f"{address.host} redirects to nowhere")
+    try:
+        target = address.join(location)
+    except BadAddress as error:
+        raise FetchFailed(f"{address.host} redirects to what is no address") from error
+    if (target.scheme, target.netloc) != (address.scheme, address.netloc):
         sent = {name: value for name, value in sent.items() if name.lower() != "authorization"}
     return target, sent
-
-
-def _check_status(url: str, status: int) -> None:
-    if status in (401, 403):
-        raise FetchFailed(f"{_host(url)} wants a token, or another one (status {status})")
-    if status not in (200, 206):
-        raise FetchFailed(
-            f"{_host(url)} answered with status {status}",
-            retryable=status in (408, 429) or status >= 500,
-        )
-
-
-def _host(url: str) -> str:
-    return urlsplit(url).hostname or "the address"

@@ -16,8 +16,7 @@ from klein.errors import (
 )
 from klein.request import images
 from klein.sources.fetch import Fetcher
-from tests import servers
-from tests.support import fakes, pictures
+from tests.support import fakes, pictures, servers
 
 ONE, TWO = pictures.noise(300, 200, 1), pictures.noise(100, 160, 2)
 SPOT = pictures.spot(300, 200, (100, 60, 140, 120))

@@ -2,12 +2,13 @@ from pathlib import Path
 
 from klein.app.prepare import settle_loras
 from klein.errors import LoraError
-from klein.lora.file import LoraDefaults, LoraFile
+from klein.lora.file import Identity, LoraDefaults, LoraFile
 from tests.support import fakes
 
 
 def _file(scale: float | None = None, trigger: str | None = None) -> LoraFile:
-    return LoraFile(Path("x"), "x", "0", "ai-toolkit", 1, (), (), {}, LoraDefaults(scale, trigger))
+    nowhere, own = Identity(0, 0, 0, 0), LoraDefaults(scale, trigger)
+    return LoraFile(Path("x"), "x", "0", "ai-toolkit", 1, (), (), {}, nowhere, own)
 
 
 def test_what_only_the_files_know() -> None:

@@ -16,8 +16,7 @@ from klein.app.webhooks import Delivery, Webhooks, secret_bytes
 from klein.errors import BadSetting, InvalidRequest
 from klein.settings import Settings
 from klein.sources.fetch import Fetcher
-from tests import servers
-from tests.support import fakes
+from tests.support import fakes, servers
 
 KEY = b"0123456789abcdef0123456789abcdef"
 SECRET = "whsec_" + base64.b64encode(KEY).decode()
@@ -87,7 +86,7 @@ def test_a_job_tells_its_receiver() -> None:
             await one.finished.wait()
             await registry.stop()
             told = both.as_dict()["webhook"]
-            assert (told["url"], len(told["deliveries"])) == ("http://127.0.0.1/hook", 2)
+            assert (told["url"], len(told["deliveries"])) == (f"{server.url}/hook", 2)
             for job, events in ((both, ["start", "completed"]), (one, ["completed"])):
                 assert [row.event for row in job.deliveries] == events
                 assert {(row.status, row.attempts) for row in job.deliveries} == {("delivered", 1)}

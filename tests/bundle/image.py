@@ -24,9 +24,8 @@ from typing import Any
 
 from PIL import Image
 
-from tests import servers
 from tests.bundle import export
-from tests.support import live
+from tests.support import live, servers
 
 JOB = json.loads((live.ROOT / "test_input.json").read_text())
 CLOSED = ("--read-only", "--tmpfs", "/tmp", "--tmpfs", "/cache:mode=1777")

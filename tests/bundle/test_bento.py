@@ -16,8 +16,8 @@ import yaml
 from klein.errors import BadSetting
 from klein.request.schema import parse
 from klein.settings import Settings
-from tests import servers
 from tests.bundle import export
+from tests.support import servers
 
 ROOT = export.ROOT
 BENTOFILE: dict[str, Any] = yaml.safe_load((ROOT / "bentofile.yaml").read_text())

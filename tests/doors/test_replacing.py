@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import servers
-from tests.support import live
+from tests.support import live, servers
 
 TOO_MUCH = {"prompt": "too much"}
 QUICK = {"prompt": "x"}

@@ -19,8 +19,7 @@ from klein.output.images import read_text
 from klein.request.presets import PRESETS
 from klein.request.schema import GenerateRequest
 from klein.settings import Settings
-from tests import loras
-from tests.support import fakes
+from tests.support import fakes, loras
 
 FAKE = fakes.FakePipeline()
 LEFT: list[KleinError] = []

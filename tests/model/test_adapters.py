@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from klein.core import GenerationResult
 from klein.errors import LoraError
 from klein.inference.pipeline import KleinPipeline
-from tests import loras, tiny
-from tests.loras import Array
+from tests import tiny
 from tests.model.conftest import Draw
+from tests.support import loras
+from tests.support.loras import Array
 
 SHAPES = loras.layers(tiny.HIDDEN)
 RANK = 4

@@ -6,9 +6,10 @@ import torch
 from diffusers import Flux2KleinPipeline
 
 from klein import __main__ as cli
-from tests import loras, tiny
+from tests import tiny
 from tests.model.conftest import Draw
 from tests.model.test_adapters import FORMATS, SHAPES
+from tests.support import loras
 
 
 @pytest.mark.parametrize("name", ["ai-toolkit with alpha", "kohya", "LoHa", "LoKr decomposed"])

@@ -17,8 +17,7 @@ import pytest
 from PIL import Image
 
 from klein.output.images import read_text
-from tests import servers
-from tests.support import docs, live
+from tests.support import docs, live, servers
 
 JOB = json.loads((live.ROOT / "test_input.json").read_text())
 QUICK = {"prompt": "a portrait", "seed": 1, "num_inference_steps": 3}

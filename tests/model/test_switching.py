@@ -16,8 +16,9 @@ import torch
 from klein.inference.adapters.merge import LoraMerger, Wanted
 from klein.inference.pipeline import KleinPipeline
 from klein.lora import file
-from tests import loras, tiny
+from tests import tiny
 from tests.model.conftest import load
+from tests.support import loras
 
 COUNT = 20
 

@@ -22,8 +22,9 @@ from klein.inference.offload import Shuttle
 from klein.inference.pipeline import KleinPipeline
 from klein.models.speed import THRIFT, Thrift
 from klein.output import response as render
-from tests import loras, tiny
+from tests import tiny
 from tests.model.conftest import drawer, load
+from tests.support import loras
 
 ZIBBO = {"path": "zibbo.safetensors", "scale": 1.0}
 LORAS = Path("klein/nano/loras")

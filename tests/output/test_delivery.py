@@ -5,7 +5,7 @@ import pytest
 from klein.errors import BadSetting, DeliveryFailed
 from klein.output.delivery import Bucket
 from klein.settings import Settings
-from tests import servers
+from tests.support import servers
 
 KEYS = {"KLEIN_S3_BUCKET": "pictures", "KLEIN_S3_KEY_ID": "id1", "KLEIN_S3_SECRET": "topsecret"}
 

@@ -12,8 +12,7 @@ from klein.errors import InvalidRequest, OutputTooLarge
 from klein.output import response
 from klein.output.delivery import Bucket
 from klein.settings import Secret
-from tests import servers
-from tests.support import fakes
+from tests.support import fakes, servers
 
 PNG = fakes.delivery()
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klein.errors import InvalidRequest
-from klein.lora.file import LoraDefaults, LoraFile
+from klein.lora.file import Identity, LoraDefaults, LoraFile
 from klein.models.catalog import MODELS
 from klein.request.presets import PRESETS
 from klein.request.resolve import Resolved, resolve
@@ -148,4 +148,5 @@ def test_bad_loras_in_the_prompt(prompt: str) -> None:
 
 
 def _file(scale: float | None = None, trigger: str | None = None) -> LoraFile:
-    return LoraFile(Path("x"), "x", "0", "ai-toolkit", 1, (), (), {}, LoraDefaults(scale, trigger))
+    nowhere, own = Identity(0, 0, 0, 0), LoraDefaults(scale, trigger)
+    return LoraFile(Path("x"), "x", "0", "ai-toolkit", 1, (), (), {}, nowhere, own)

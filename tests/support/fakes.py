@@ -27,7 +27,7 @@ from klein.core import (
 )
 from klein.engine.engine import Engine
 from klein.errors import LoraError, OutOfMemory
-from klein.lora.file import LoraFile
+from klein.lora.file import Identity, LoraFile
 from klein.lora.library import LoraLibrary
 from klein.lora.spec import LoraSpec
 from klein.models import schedule, sizes
@@ -119,13 +119,18 @@ class FakeLibrary(LoraLibrary):
         self.fetched = threading.Event()
         self.fetched.set()
 
-    def find(self, spec: LoraSpec, on_bytes: Callable[[int, int | None], None]) -> LoraFile:
+    def find(
+        self, spec: LoraSpec, on_bytes: Callable[[int, int | None], None], **_: Any
+    ) -> LoraFile:
         self.asked.append(spec.path)
         while not self.fetched.wait(0.01):
             on_bytes(0, None)
         if spec.path.startswith("missing"):
             raise LoraError(f"LoRA {spec.path!r} is not there")
-        return LoraFile(Path(spec.path), spec.path, "ab" * 32, "ai-toolkit", 192, (), (), {})
+        nowhere = Identity(0, 0, 0, 0)
+        return LoraFile(
+            Path(spec.path), spec.path, "ab" * 32, "ai-toolkit", 192, (), (), {}, nowhere
+        )
 
 
 def generator(

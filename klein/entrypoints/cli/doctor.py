@@ -7,7 +7,7 @@ from importlib import metadata
 from klein.entrypoints.cli.exit_codes import OK
 from klein.errors import KleinError
 from klein.models.catalog import GB, MODELS
-from klein.models.machine import Machine
+from klein.models.machine import Kind, Machine
 from klein.models.plan import place, plan
 from klein.settings import Settings
 
@@ -64,7 +64,7 @@ def _version(name: str) -> str | None:
 
 def _models(settings: Settings, machine: Machine) -> list[str]:
     lines = ["Models"]
-    device = "cuda" if machine.gpus else "cpu"
+    device: Kind = "cuda" if machine.gpus else "cpu"
     for spec in MODELS.values():
         try:
             if spec.needs_gpu and device == "cpu":

@@ -22,7 +22,7 @@ def exit_code(code: ErrorCode) -> int:
             return TRY_AGAIN
         case ErrorCode.OUT_OF_MEMORY | ErrorCode.DELIVERY_FAILED | ErrorCode.IMAGE_UNAVAILABLE:
             return TRY_AGAIN
-        case ErrorCode.REQUEST_TOO_SLOW:
+        case ErrorCode.REQUEST_TOO_SLOW | ErrorCode.LORA_UNAVAILABLE:
             return TRY_AGAIN
         case ErrorCode.CANCELLED:
             return INTERRUPTED

@@ -44,6 +44,8 @@ def http_status(code: ErrorCode) -> int:
             return 500
         case ErrorCode.DELIVERY_FAILED | ErrorCode.IMAGE_UNAVAILABLE:
             return 502
+        case ErrorCode.LORA_UNAVAILABLE:
+            return 503
         case ErrorCode.NOT_READY | ErrorCode.MODEL_UNAVAILABLE | ErrorCode.OUT_OF_MEMORY:
             return 503
         case ErrorCode.DEADLINE_EXCEEDED:

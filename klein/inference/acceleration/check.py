@@ -24,7 +24,7 @@ def proved(plan: Plan, settings: Settings, backend: Backend) -> Acceleration:
     compile, a tier of klein's own choice becomes eager; one that is named raises ModelUnavailable.
     """
     chosen = plan.acceleration
-    if plan.device != "cuda" or not chosen.has("fused"):
+    if not plan.on_gpu or not chosen.has("fused"):
         return chosen
     try:
         from klein.inference.acceleration import kernels

@@ -9,7 +9,7 @@ from torch import Tensor
 from klein.errors import LoraError
 from klein.inference.adapters.delta import delta
 from klein.lora.file import LoraFile, Patch
-from klein.sources import safetensors as header
+from klein.sources import safetensors
 
 MOST_RANK = 256
 KEPT = ("ss_base_model_version", "ss_tag_frequency", "name", "training_info")
@@ -33,7 +33,8 @@ def convert(found: LoraFile, target: Path) -> int:
             tensors[f"transformer.{module}.lora_A.weight"] = down.clone()
             tensors[f"transformer.{module}.lora_B.weight"] = up[start : start + share].contiguous()
             start += share
-    metadata = header.read(found.path).metadata
+    with found.path.open("rb") as file:
+        metadata = safetensors.read(file).metadata
     save_file(tensors, target, {"format": "pt", **{k: metadata[k] for k in KEPT if k in metadata}})
     return max(tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name)
 

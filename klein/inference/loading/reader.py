@@ -14,13 +14,15 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from queue import SimpleQueue
-from typing import IO, Any
+from typing import IO
 
 import torch
 from torch import Tensor
+
+from klein.sources import safetensors
+from klein.sources.safetensors import Entry
 
 THREADS = 3
 """Reads in flight. 8 read no faster, and starve what else is read from the same disk (SPEED.md)."""
@@ -29,8 +31,6 @@ BUFFERS = THREADS + 4
 """Page-locked chunks: one a thread, and some on their way to the device."""
 MAX_PIECES = 512
 """Of one chunk; Linux takes 1024 in one read."""
-MAX_HEADER_BYTES = 100_000_000
-"""safetensors' own bound."""
 STEMS = ("diffusion_pytorch_model", "model")
 """What diffusers and transformers call their weights."""
 DTYPES = {
@@ -74,7 +74,8 @@ def read(
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
             entries = [entry for entry in _header(file, path) if wanted(entry.name)]
             for entry in entries:
-                kind = dtype if entry.dtype.is_floating_point else entry.dtype
+                stored = DTYPES[entry.dtype]
+                kind = dtype if stored.is_floating_point else stored
                 tensors[entry.name] = torch.empty(entry.shape, dtype=kind, device=device)
             chunks += _chunks(file.fileno(), path, entries, tensors)
         if device.type == "cuda":
@@ -87,17 +88,6 @@ def read(
 def exact(device: Device) -> torch.device:
     """`device` with its index: the current one is each thread's own."""
     return torch.empty(0, device=device).device
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """One tensor: bytes `begin` to `end` of its file."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 def _files(source: Path | Sequence[Path], wanted: TensorFilter) -> list[Path]:
@@ -122,35 +112,12 @@ def _shards(index: Path, wanted: TensorFilter) -> list[str]:
         raise _damaged(index, "it is not an index of weights") from error
 
 
-def _header(file: IO[bytes], path: Path) -> list[_Entry]:
+def _header(file: IO[bytes], path: Path) -> tuple[Entry, ...]:
     """The tensors of a file in the order they lie in it; raises ValueError if it is not sound."""
-    size = os.fstat(file.fileno()).st_size
-    prefix = file.read(8)
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-        raise _damaged(path, "its header does not end")
     try:
-        table = json.loads(file.read(length))
-        table.pop("__metadata__", None)
-        entries = [_entry(name, row, 8 + length) for name, row in table.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(path, f"its header makes no sense ({error})") from error
-    end = max((entry.end for entry in entries), default=8 + length)
-    if end != size:
-        raise _damaged(path, f"it has {size} bytes and its header promises {end}")
-    return sorted(entries, key=lambda entry: entry.begin)
-
-
-def _entry(name: str, row: dict[str, Any], start: int) -> _Entry:
-    dtype = DTYPES.get(row["dtype"])
-    if dtype is None:
-        raise ValueError(f"tensor {name[:80]!r} is of the unknown type {row['dtype']!r}")
-    shape = tuple(row["shape"])
-    begin, end = row["data_offsets"]
-    numbers_are_sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-    if not numbers_are_sound or end - begin != prod(shape) * dtype.itemsize:
-        raise ValueError(f"tensor {name[:80]!r} is not where it says")
-    return _Entry(name, dtype, shape, start + begin, start + end)
+        return safetensors.read(file).entries
+    except safetensors.Damaged as error:
+        raise _damaged(path, str(error)) from error
 
 
 def _damaged(path: Path, why: str) -> ValueError:
@@ -223,20 +190,21 @@ class _Chunk:
 
 
 def _chunks(
-    fd: int, path: Path, entries: Iterable[_Entry], tensors: dict[str, Tensor]
+    fd: int, path: Path, entries: Iterable[Entry], tensors: dict[str, Tensor]
 ) -> list[_Chunk]:
     """`entries`, in file order, in chunks of up to CHUNK_BYTES; none is cut within an element."""
     chunks: list[_Chunk] = []
     for entry in entries:
         flat = tensors[entry.name].view(-1)
-        item = entry.dtype.itemsize
+        dtype = DTYPES[entry.dtype]
+        item = dtype.itemsize
         done = 0
         while done < flat.numel():
             offset = entry.begin + done * item
             if not chunks or not chunks[-1].takes(offset, item):
                 chunks.append(_Chunk(fd, path, offset))
             count = min(flat.numel() - done, (CHUNK_BYTES - chunks[-1].size) // item)
-            chunks[-1].add(_Piece(flat[done : done + count], entry.dtype))
+            chunks[-1].add(_Piece(flat[done : done + count], dtype))
             done += count
     return chunks
 

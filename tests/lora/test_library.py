@@ -1,17 +1,17 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
 from klein.errors import LoraError
-from klein.lora.library import LoraLibrary
+from klein.lora.library import LoraLibrary, Tokens
 from klein.lora.spec import LoraSpec
-from klein.sources import reference
-from klein.sources.fetch import MAX_BYTES
-from klein.sources.reference import CivitaiFile, HubFile, LocalFile, UrlFile
-from tests import loras, servers
+from klein.settings import Secret
+from klein.sources import files, reference
+from klein.sources.cache import Store
+from klein.sources.fetch import MAX_BYTES, Fetcher
+from klein.sources.reference import BadReference, CivitaiFile, HubFile, LocalFile, UrlFile
+from tests.support import loras, servers
 
 
 def _file(path: Path) -> Path:
@@ -55,7 +55,7 @@ def test_references(spec: LoraSpec, expected: object) -> None:
 )
 def test_what_is_no_reference_is_said(path: str, says: str) -> None:
     """With what would be one."""
-    with pytest.raises(LoraError, match=says):
+    with pytest.raises(BadReference, match=says):
         reference.parse(path)
 
 
@@ -100,21 +100,6 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     assert library.find(LoraSpec("a.safetensors")).sha256 != first
 
 
-SCRIPT = """
-import sys
-from klein.errors import LoraError
-from klein.lora.library import LoraLibrary, Tokens
-from klein.lora.spec import LoraSpec
-from klein.settings import Secret
-tokens = Tokens(Secret(sys.argv[4]) if sys.argv[4] else None)
-try:
-    spec = LoraSpec(sys.argv[1], weight_name=sys.argv[2] or None, revision=sys.argv[3] or None)
-    print("found", LoraLibrary(None, tokens=tokens).find(spec).rank)
-except LoraError as error:
-    print("refused", error)
-"""
-
-
 @pytest.mark.parametrize(
     ("path", "weight_name", "revision", "token", "says"),
     [
@@ -145,52 +130,66 @@ def test_hub_files(
     assert "hf_good" not in said
 
 
-def _find(hub: servers.Server, tmp_path: Path, *argv: str) -> str:
-    """What SCRIPT says of path, weight_name, revision and token; its cache is kept."""
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *argv],
-        env={
-            **os.environ,
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_OFFLINE": "0",
-        },
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return run.stdout + run.stderr
+def _library(hub: servers.Server, tmp_path: Path, token: str = "") -> LoraLibrary:
+    """A library that takes `hub`, and its storage under another name, for the Hub."""
+    hosts = {urlsplit(hub.url).netloc, f"localhost:{urlsplit(hub.url).port}"}
+    tokens = Tokens(Secret(token) if token else None)
+    store = Store(tmp_path / "cache", 1e10, grace=60)
+    return LoraLibrary(None, store, Fetcher(frozenset(hosts)), tokens, hub=hub.url)
+
+
+def _find(
+    hub: servers.Server, tmp_path: Path, path: str, weight_name: str, revision: str, token: str
+) -> str:
+    """What is found or refused of path, weight_name, revision and token; the store is kept."""
+    spec = LoraSpec(path, weight_name=weight_name or None, revision=revision or None)
+    try:
+        return f"found {_library(hub, tmp_path, token).find(spec).rank}"
+    except LoraError as error:
+        return f"refused as {error.code}: {error}"
 
 
 def _asked(hub: servers.Server) -> list[str]:
-    """The methods of what was asked about me/one."""
-    return [seen.method for seen in hub.seen if "/me/one/" in seen.path]
+    """What was asked about me/one: of the Hub's list, for a file, and from its storage."""
+    kinds = {"/api/": "list", "/resolve/": "file", "/storage/": "storage"}
+    return [next(kind for mark, kind in kinds.items() if mark in seen.path) for seen in hub.seen]
 
 
 @pytest.mark.parametrize(
     ("told", "says", "fetched"),
     [
-        (MAX_BYTES, "could not be fetched", True),  # it is smaller, and Hub clients compare
-        (MAX_BYTES + 1, f"the Hub offers {MAX_BYTES + 1} bytes; {MAX_BYTES} are the most", False),
-        (None, "the Hub tells no size of 'lora.safetensors': name its https address", False),
+        (MAX_BYTES, "lora_unavailable", True),  # it is smaller, and sizes are compared
+        (MAX_BYTES + 1, f"offers {MAX_BYTES + 1} bytes; {MAX_BYTES} are the most", False),
+        (None, "found 4", True),  # bounded by what comes
     ],
 )
 def test_hub_files_are_bounded(tmp_path: Path, told: int | None, says: str, fetched: bool) -> None:
-    """By the size the Hub tells, before a byte is fetched; what it tells no size of is refused."""
+    """By the size the Hub tells, before a byte is fetched; then by the bytes that come."""
     data = _file(tmp_path / "x.safetensors").read_bytes()
     repos = {"me/one": {"lora.safetensors": data}}
     with servers.serve(servers.hub(repos, told={"me/one": told})) as hub:
-        assert says in _find(hub, tmp_path, "me/one", "lora.safetensors", "", "")
-    assert ("GET" in _asked(hub)) is fetched
+        assert says in _find(hub, tmp_path, "me/one", "", "", "")
+    assert ("file" in _asked(hub)) is fetched
 
 
-def test_a_hub_file_at_hand_costs_one_question(tmp_path: Path) -> None:
-    """Whether it is still the newest; with a commit not even that, however large it is."""
+def test_a_hub_file_at_hand_costs_one_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is still the newest, once in five minutes; with a commit not even that, however
+    large it is; and when the Hub is away, what there is must do."""
     data = _file(tmp_path / "x.safetensors").read_bytes()
     repos, told = {"me/one": {"lora.safetensors": data}}, dict[str, int | None]()
     with servers.serve(servers.hub(repos, told=told)) as hub:
-        for revision, asked in (("", ["HEAD", "HEAD", "GET"]), ("", ["HEAD"]), ("c" * 40, [])):
+        first, later, commit = ["list", "file", "storage"], ["list"], "c" * 40
+        for fresh, revision, asked in (
+            (300, "", first),
+            (300, "", []),
+            (-1, "", later),
+            (-1, commit, []),
+        ):
+            monkeypatch.setattr(files, "FRESH", fresh)
             hub.seen.clear()
             assert "found 4" in _find(hub, tmp_path, "me/one", "lora.safetensors", revision, "")
             assert _asked(hub) == asked
             told["me/one"] = MAX_BYTES + 1
+    assert "found 4" in _find(hub, tmp_path, "me/one", "lora.safetensors", "", "")

@@ -4,9 +4,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from klein.lora.library import no_progress
-from klein.sources.fetch import Fetcher, FetchFailed, is_public
-from tests import servers
+from klein.sources.address import is_public
+from klein.sources.fetch import Fetcher, Offer
+from klein.sources.transport import FetchFailed, Watch
+from tests.support import servers
 
 BODY = bytes(range(256)) * 400
 
@@ -50,7 +51,7 @@ def test_private_addresses_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: info)
         for host in ("127.0.0.1", "evil.example"):
             with pytest.raises(FetchFailed, match="inside this network"):
-                Fetcher().download(f"https://{host}:{port}/x", tmp_path / "a", {}, no_progress)
+                Fetcher().download(Offer(f"https://{host}:{port}/x"), tmp_path / "a")
         assert server.seen == []
 
 
@@ -59,12 +60,12 @@ def test_redirects_are_checked_too(tmp_path: Path) -> None:
     with servers.serve(lambda _: (200, {}, BODY)) as inside:
         inner = inside.url.replace("127.0.0.1", "localhost")
         with servers.serve(lambda _: (302, {"location": f"{inner}/secret"}, b"")) as outer:
-            headers = {"authorization": "Bearer t"}
+            offer = Offer(f"{outer.url}/x", {"authorization": "Bearer t"})
             with pytest.raises(FetchFailed, match="must be reached over https"):
-                _own(outer.url).download(f"{outer.url}/x", tmp_path / "a", headers, no_progress)
+                _own(outer.url).download(offer, tmp_path / "a")
             assert inside.seen == []
             both = Fetcher(frozenset({urlsplit(outer.url).netloc, urlsplit(inner).netloc}))
-            both.download(f"{outer.url}/x", tmp_path / "a", headers, no_progress)
+            both.download(offer, tmp_path / "a")
     assert outer.seen[0].headers["authorization"] == "Bearer t"
     assert "authorization" not in inside.seen[0].headers
     assert (tmp_path / "a").read_bytes() == BODY
@@ -74,7 +75,7 @@ def test_endless_redirects_end(tmp_path: Path) -> None:
     """After five."""
     with servers.serve(lambda _: (302, {"location": "/again"}, b"")) as server:
         with pytest.raises(FetchFailed, match="without end"):
-            _own(server.url).download(f"{server.url}/x", tmp_path / "a", {}, no_progress)
+            _own(server.url).download(Offer(f"{server.url}/x"), tmp_path / "a")
         assert len(server.seen) == 6
 
 
@@ -85,7 +86,7 @@ def test_refusals_are_named_without_the_address(tmp_path: Path, status: int, say
     """An address can hold a token; the sentence holds the host only."""
     with servers.serve(lambda _: (status, {}, b"")) as server:
         with pytest.raises(FetchFailed, match=says) as caught:
-            _own(server.url).download(f"{server.url}/x?token=abc", tmp_path / "a", {}, no_progress)
+            _own(server.url).download(Offer(f"{server.url}/x?token=abc"), tmp_path / "a")
         assert "abc" not in str(caught.value)
 
 
@@ -93,7 +94,7 @@ def test_plain_http_and_user_names_are_refused(tmp_path: Path) -> None:
     """Also for hosts that would be public."""
     for url, says in (("http://x.org/a", "over https"), ("https://u:p@x.org/a", "user name")):
         with pytest.raises(FetchFailed, match=says):
-            Fetcher().download(url, tmp_path / "a", {}, no_progress)
+            Fetcher().download(Offer(url), tmp_path / "a")
 
 
 def test_an_interrupted_download_goes_on(tmp_path: Path) -> None:
@@ -114,14 +115,14 @@ def test_an_interrupted_download_goes_on(tmp_path: Path) -> None:
 
     with servers.serve(answer) as server:
         with pytest.raises(KeyboardInterrupt):
-            _own(server.url).download(f"{server.url}/x", part, {}, stop)
+            _own(server.url).download(Offer(f"{server.url}/x"), part, Watch(on_bytes=stop))
         had = part.stat().st_size
         assert 0 < had < len(BODY)
-        _own(server.url).download(f"{server.url}/x", part, {}, no_progress)
+        _own(server.url).download(Offer(f"{server.url}/x"), part)
         assert server.seen[1].headers["range"] == f"bytes={had}-"
         assert part.read_bytes() == BODY
         (tmp_path / "a.tag").write_text('"old"')
-        _own(server.url).download(f"{server.url}/x", part, {}, no_progress)
+        _own(server.url).download(Offer(f"{server.url}/x"), part)
         assert part.read_bytes() == BODY
 
 
@@ -132,7 +133,7 @@ def test_a_broken_off_answer_is_said(tmp_path: Path) -> None:
         servers.serve(lambda _: (200, broken, BODY)) as server,
         pytest.raises(FetchFailed, match="broke off"),
     ):
-        _own(server.url).download(f"{server.url}/x", tmp_path / "a", {}, no_progress)
+        _own(server.url).download(Offer(f"{server.url}/x"), tmp_path / "a")
 
 
 def test_what_is_too_large_is_not_begun(tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_what_is_too_large_is_not_begun(tmp_path: Path) -> None:
         servers.serve(lambda _: (200, huge, b"")) as server,
         pytest.raises(FetchFailed, match="are the most"),
     ):
-        _own(server.url).download(f"{server.url}/x", tmp_path / "a", {}, no_progress)
+        _own(server.url).download(Offer(f"{server.url}/x"), tmp_path / "a")
 
 
 @pytest.mark.parametrize(

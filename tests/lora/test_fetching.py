@@ -14,9 +14,11 @@ from klein.lora.library import LoraLibrary, Tokens
 from klein.lora.spec import LoraSpec
 from klein.models.catalog import MODELS
 from klein.settings import Secret
-from klein.sources.cache import LoraStore
-from klein.sources.fetch import Fetcher
-from tests import loras, servers
+from klein.sources import cache
+from klein.sources.cache import Store
+from klein.sources.fetch import Fetcher, Reserve
+from klein.sources.transport import FetchFailed
+from tests.support import loras, servers
 
 
 def _data(tmp_path: Path, rank: int = 4) -> bytes:
@@ -29,7 +31,7 @@ def _library(
 ) -> LoraLibrary:
     folder = tmp_path / "folder"
     folder.mkdir(exist_ok=True)
-    store = LoraStore(tmp_path / "cache", max_bytes, grace=0)
+    store = Store(tmp_path / "cache", max_bytes, grace=0)
     fetcher = Fetcher(frozenset({urlsplit(server.url).netloc}))
     tokens = Tokens(None, Secret(token) if token else None)
     return LoraLibrary(folder, store, fetcher, tokens, civitai=server.url)
@@ -76,31 +78,31 @@ def test_two_jobs_one_download(tmp_path: Path) -> None:
 
 def test_workers_on_one_volume_never_share_a_partial_file(tmp_path: Path) -> None:
     """Two that fetch the same at once write apart; what a dead one left is taken over."""
-    one, two = (LoraStore(tmp_path, 1e9, grace=0) for _ in range(2))
+    one, two = (Store(tmp_path, 1e9, grace=0) for _ in range(2))
 
-    def nested(part: Path) -> None:
+    def nested(part: Path, _: Reserve) -> None:
         part.write_bytes(b"first half")
-        other = two.get("ref", lambda mine: mine.write_bytes(b"whole") and None)
+        other = two.get("ref", lambda mine, _: mine.write_bytes(b"whole") and None, name="ref")
         assert other.read_bytes() == b"whole"
         assert part.read_bytes() == b"first half"
         part.write_bytes(b"whole")
 
-    assert one.get("ref", nested).read_bytes() == b"whole"
+    assert one.get("ref", nested, name="ref").read_bytes() == b"whole"
 
-    def dies(part: Path) -> None:
+    def dies(part: Path, _: Reserve) -> None:
         part.write_bytes(b"half")
         part.with_suffix(".tag").write_text('"v1"')
         os.utime(part, (1, 1))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        one.get("other", dies)
+        one.get("other", dies, name="other")
 
-    def goes_on(part: Path) -> None:
+    def goes_on(part: Path, _: Reserve) -> None:
         assert part.read_bytes() == b"half"
         assert part.with_suffix(".tag").read_text() == '"v1"'
 
-    two.get("other", goes_on)
+    two.get("other", goes_on, name="other")
 
 
 def test_progress_is_reported_and_can_stop(tmp_path: Path) -> None:
@@ -183,9 +185,12 @@ def test_the_least_recently_used_is_thrown_away(tmp_path: Path) -> None:
         assert paths[1].exists()
         assert library.find(LoraSpec(f"{server.url}/2")).rank == 2
         assert [seen.path for seen in server.seen] == ["/1", "/2", "/3", "/2"]
-        store = LoraStore(tmp_path / "cache", max_bytes=0, grace=60)
-        store._throw_away()
-        assert list((tmp_path / "cache" / "files").iterdir())
+        store = Store(tmp_path / "cache", max_bytes=room, grace=60)
+        kept = sorted((tmp_path / "cache" / "files").iterdir())
+        with pytest.raises(FetchFailed, match="files in use") as caught:
+            store.get("more", lambda part, reserve: reserve(room), name="more")
+        assert caught.value.retryable
+        assert sorted((tmp_path / "cache" / "files").iterdir()) == kept != []
 
 
 def test_a_read_only_cache_is_used_and_not_needed(
@@ -196,10 +201,8 @@ def test_a_read_only_cache_is_used_and_not_needed(
     with servers.serve(lambda _: (200, {}, data)) as server:
         library = _library(server, tmp_path)
         library.find(LoraSpec(f"{server.url}/old"))
-        import klein.lora.store as module
-
-        monkeypatch.setattr(module, "_writable", lambda _: False)
-        monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+        monkeypatch.setattr(cache, "_writable", lambda _: False)
+        monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
         (tmp_path / "cache").chmod(0o555)
         library = _library(server, tmp_path)
         library.find(LoraSpec(f"{server.url}/old"))
@@ -228,7 +231,7 @@ def test_the_library_can_be_managed(tmp_path: Path) -> None:
         assert names == [
             ("anna.safetensors", "folder"),
             ("bob.safetensors", "folder"),
-            ("http://127.0.0.1/bob.safetensors", "fetched"),
+            (f"{server.url}/bob.safetensors", "fetched"),
         ]
         (tmp_path / "folder" / "anna.toml").write_text("scale = 0.8")
         library.remove("anna.safetensors")

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from klein.models import locate as weights
+from klein.models import locate
 from klein.models.locate import Place, find, is_whole
-from tests import servers
+from klein.sources import hub
+from klein.sources.hub import Problem
+from tests.support import servers
 
 REPO = "black-forest-labs/FLUX.2-klein-base-4B"
 COMMIT = "c" * 40
@@ -82,7 +84,7 @@ def test_the_first_place_wins(tmp_path: Path) -> None:
 
 def test_runpods_order_is_the_one_promised() -> None:
     """RunPod's cached model before its volume, and the cache that a download fills last."""
-    names = [place.name for place in weights.places()]
+    names = [place.name for place in locate.places()]
     assert names[0] == "RunPod's cached model"
     assert set(names[1:-1]) == {"the network volume"}
     assert names[-1] == "the Hugging Face cache"
@@ -145,25 +147,25 @@ def test_a_cache_without_refs(tmp_path: Path) -> None:
 
 SCRIPT = """
 import logging, sys
-from klein.models import plan as preflight
-from klein.models import locate as weights
+from klein.models import locate, plan as planning
 from klein.errors import ModelUnavailable
-from klein.models.machine import Gpu, Machine
+from klein.models.machine import Device, Machine
 from klein.settings import Settings
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-weights.LOG_EVERY = 0.05
+locate.LOG_EVERY = 0.05
 if "small" in sys.argv:
-    weights.shutil.disk_usage = lambda _: type("Usage", (), {"free": 10})
+    locate.shutil.disk_usage = lambda _: type("Usage", (), {"free": 10})
 big = 141 * 10**9
 def plan():
-    return preflight.plan(
-        Settings.from_env({"MODEL_ID": "klein-base-4B"}), Machine((Gpu("G", big, big),), big, big)
+    return planning.plan(
+        Settings.from_env({"MODEL_ID": "klein-base-4B"}),
+        Machine((Device("cuda", "G", big, big),), big, big),
     )
 first = plan()
 print("first", first.found_in, first.download)
 try:
-    found = weights.download(first.source, first.revision, None)
-    print("whole", weights.is_whole(found.folder), sorted(x.name for x in found.folder.iterdir()))
+    found = locate.download(first.source, first.revision, None)
+    print("whole", locate.is_whole(found.folder), sorted(x.name for x in found.folder.iterdir()))
     second = plan()
     print("second", second.found_in, second.download, second.revision)
 except ModelUnavailable as error:
@@ -173,12 +175,12 @@ except ModelUnavailable as error:
 
 def _download(tmp_path: Path, *argv: str, **env: str) -> str:
     files = _files()
-    with servers.serve(servers.hub({REPO: files})) as hub:
+    with servers.serve(servers.hub({REPO: files})) as server:
         run = subprocess.run(
             [sys.executable, "-c", SCRIPT, *argv],
             env={
                 **os.environ,
-                "HF_ENDPOINT": hub.url,
+                "HF_ENDPOINT": server.url,
                 "HF_HOME": str(tmp_path),
                 "HF_HUB_OFFLINE": "0",
                 **env,
@@ -209,7 +211,7 @@ def test_a_disk_too_small_is_said_before(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written() -> None:
     """Names the folder and the user, since a volume mostly belongs to somebody else."""
-    sentence = weights.unwritable(PermissionError(13, "no", "/cache"))
-    assert sentence is not None
-    assert f"that user {os.getuid()} can write, or set HF_HOME" in sentence
-    assert weights.unwritable(ConnectionError()) is None
+    failed = hub.failure(PermissionError(13, "no", "/cache"))
+    assert failed.problem is Problem.UNWRITABLE
+    assert f"that user {os.getuid()} can write, or set HF_HOME" in str(failed)
+    assert hub.failure(ConnectionError()).problem is Problem.UNREACHABLE

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -60,12 +61,31 @@ def serve(answer: Callable[[Seen], Answer]) -> Iterator[Server]:
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server = Server(f"http://127.0.0.1:{http.server_port}")
-    threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
+    threading.Thread(target=http.serve_forever, args=[0.02], daemon=True).start()
     try:
         yield server
     finally:
         http.shutdown()
         http.server_close()
+
+
+@contextmanager
+def raw(talk: Callable[[socket.socket], None]) -> Iterator[str]:
+    """A server below HTTP: `talk` does with each connection what it likes. Gives host and port."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def handle(connection: socket.socket) -> None:
+            with connection, suppress(OSError):
+                talk(connection)
+
+        def accept() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    threading.Thread(target=handle, args=[connection], daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
 
 
 def bucket() -> Callable[[Seen], Answer]:
@@ -119,7 +139,9 @@ def hub(
                     ]
                 ).encode()
                 return 200, {"content-type": "application/json"}, body
-            siblings = [{"rfilename": name} for name in files]
+            siblings = [
+                _sibling(name, data, sizes.get(repo, len(data))) for name, data in files.items()
+            ]
             body = json.dumps({"id": repo, "sha": commit, "siblings": siblings}).encode()
             return 200, {"content-type": "application/json"}, body
         revision, _, name = path.partition("/resolve/")[2].partition("/")
@@ -144,6 +166,13 @@ def hub(
 
 def _port(seen: Seen) -> int | None:
     return urlsplit(f"//{seen.headers['host']}").port
+
+
+def _sibling(name: str, data: bytes, size: int | None) -> dict[str, Any]:
+    """A row of a repository's list of files, as `?blobs=true` asks for it."""
+    lfs = _lfs(name, data).get("lfs", {})
+    told = {"sha256": lfs.get("oid"), "pointerSize": 135} | ({} if size is None else {"size": size})
+    return {"rfilename": name} | ({"lfs": told} if lfs else {"size": len(data)})
 
 
 def _lfs(name: str, data: bytes) -> dict[str, Any]:

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 
 from klein.errors import ModelUnavailable
-from klein.models import plan as preflight
+from klein.models import plan as planning
 from klein.models.catalog import GB, MODELS
-from klein.models.machine import Gpu, Machine
+from klein.models.machine import Device, Machine
 from klein.settings import Settings
-from tests import servers
+from tests.support import servers
 
 NINE = MODELS["klein-base-9B"]
 
 
 def _machine(gpu: float = 0, memory: float = 64) -> Machine:
-    gpus = (Gpu("GPU", int(gpu * GB), int(gpu * GB)),) if gpu else ()
+    gpus = (Device("cuda", "GPU", int(gpu * GB), int(gpu * GB)),) if gpu else ()
     return Machine(gpus, int(memory * GB), 100 * GB)
 
 
@@ -31,7 +31,7 @@ def _settings(**values: str) -> Settings:
 )
 def test_auto_offload_follows_free_memory(gpu: float, offload: str) -> None:
     """Resident wherever it fits: offload costs four times the time."""
-    chosen, why = preflight.place(_settings(), _machine(gpu), NINE, "cuda")
+    chosen, why = planning.place(_settings(), _machine(gpu), NINE, "cuda")
     assert chosen == offload
     assert f"{gpu:.1f} GB free" in why
 
@@ -49,7 +49,7 @@ def test_too_little_memory_stops_before_loading(
 ) -> None:
     """With the numbers and the way out."""
     with pytest.raises(ModelUnavailable, match="GB") as caught:
-        preflight.place(_settings(**settings), machine, NINE, "cuda")
+        planning.place(_settings(**settings), machine, NINE, "cuda")
     assert says in str(caught.value)
 
 
@@ -69,7 +69,7 @@ def _folder(tmp_path: Path, **config: object) -> Path:
 def test_a_folder_is_known_by_its_geometry(tmp_path: Path) -> None:
     """A local copy of the 9B model needs a GPU as the Hub's does."""
     small = _folder(tmp_path)
-    plan = preflight.plan(_settings(MODEL_ID=str(small)), _machine())
+    plan = planning.plan(_settings(MODEL_ID=str(small)), _machine())
     assert (plan.device, plan.spec.hidden, plan.local) == ("cpu", 32, True)
 
 
@@ -83,11 +83,11 @@ def test_a_local_9b_needs_a_gpu(tmp_path: Path) -> None:
     }
     folder = _folder(tmp_path, **nine)
     with pytest.raises(ModelUnavailable, match="needs an NVIDIA GPU") as caught:
-        preflight.plan(_settings(MODEL_ID=str(folder)), _machine())
+        planning.plan(_settings(MODEL_ID=str(folder)), _machine())
     assert "MODEL_ID=nano" in str(caught.value)
-    assert preflight.plan(_settings(MODEL_ID=str(folder)), _machine(141)).device == "cuda"
+    assert planning.plan(_settings(MODEL_ID=str(folder)), _machine(141)).device == "cuda"
     with pytest.raises(ModelUnavailable, match="KLEIN_DEVICE=cuda"):
-        preflight.plan(_settings(MODEL_ID=str(folder), KLEIN_DEVICE="cuda"), _machine())
+        planning.plan(_settings(MODEL_ID=str(folder), KLEIN_DEVICE="cuda"), _machine())
 
 
 @pytest.mark.parametrize(
@@ -100,30 +100,30 @@ def test_a_local_9b_needs_a_gpu(tmp_path: Path) -> None:
 def test_a_missing_folder_is_said(model_id: str, says: str) -> None:
     """And what the name may have meant."""
     with pytest.raises(ModelUnavailable, match="MODEL_ID") as caught:
-        preflight.plan(_settings(MODEL_ID=model_id), _machine())
+        planning.plan(_settings(MODEL_ID=model_id), _machine())
     assert says in str(caught.value)
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     """An empty folder, and another pipeline's."""
     with pytest.raises(ModelUnavailable, match=r"model_index\.json is missing"):
-        preflight.plan(_settings(MODEL_ID=str(tmp_path)), _machine())
+        planning.plan(_settings(MODEL_ID=str(tmp_path)), _machine())
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(ModelUnavailable, match="is a FluxPipeline"):
-        preflight.plan(_settings(MODEL_ID=str(tmp_path)), _machine())
+        planning.plan(_settings(MODEL_ID=str(tmp_path)), _machine())
 
 
 SCRIPT = """
 import sys
-from klein.models import plan as preflight
+from klein.models import plan as planning
 from klein.errors import ModelUnavailable
-from klein.models.machine import Gpu, Machine
+from klein.models.machine import Device, Machine
 from klein.settings import Settings
 names = ("MODEL_ID", "HF_TOKEN", "MODEL_REVISION")
 settings = Settings.from_env(dict(zip(names, sys.argv[1:])))
 big = 141 * 10**9
 try:
-    plan = preflight.plan(settings, Machine((Gpu("GPU", big, big),), big, big))
+    plan = planning.plan(settings, Machine((Device("cuda", "GPU", big, big),), big, big))
     print("planned", plan.source, plan.spec.name, plan.offload)
 except ModelUnavailable as error:
     print("refused", error)
