@@ -36,6 +36,8 @@ def local(model_id: str) -> Found | None:
 
 
 def folder_reader(folder: Path) -> ReadConfig:
+    """Reads the JSON files of a model folder; what it gives raises ModelUnavailable."""
+
     def read(name: str) -> dict[str, object]:
         try:
             return dict(json.loads((folder / name).read_text()))

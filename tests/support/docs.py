@@ -220,7 +220,7 @@ def _errors() -> str:
         for _, c in inspect.getmembers(errors, inspect.isclass)
         if issubclass(c, KleinError) and c is not KleinError
     ]
-    meaning = dict(re.findall(r"[├└│ ─]+(\w+) {2,}(.+)", errors.__doc__ or ""))
+    meaning = dict(re.findall(r"[├└│ ─]+(\w+) +(.+)", errors.__doc__ or ""))
     return _table(
         ("code", "HTTP", "exit", "retryable", "meaning"),
         (

@@ -25,6 +25,7 @@ class EventStream(EventSourceResponse):
         self._place = place
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events until the job's end, or until the caller leaves."""
         with self._place:
             await super().__call__(scope, receive, send)
 

@@ -20,6 +20,7 @@ class ChannelNorm(torch.nn.Module):
         self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
+        """The normed and activated (batch, channels, height, width)."""
         norm = self.norm
         return ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, True)
 

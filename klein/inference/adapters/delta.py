@@ -41,6 +41,7 @@ _BY_ROWS = ("up", "diff", "magnitude", "hada_w1_a", "hada_w2_a")
 
 
 def parts_of(patch: Patch, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The patch's tensors by part, out of those of its file."""
     return {part: tensors[name] for part, name in patch.tensors.items()}
 
 
