@@ -1,4 +1,4 @@
-"""Everything that can go wrong, as a tree. It knows no HTTP; each entrypoint maps `ErrorCode` itself.
+"""Everything that can go wrong, as a tree. It knows no HTTP; entrypoints map `ErrorCode`.
 
 KleinError
 ├── InvalidRequest       the caller's fault; `field` names what to change
