@@ -1,6 +1,6 @@
 """The wire shape of a request: every field typed and bounded, unknown keys refused."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -43,16 +43,21 @@ Scale = Annotated[float, Field(ge=SCALE_RANGE[0], le=SCALE_RANGE[1]), NUMBER]
 Margin = Annotated[int, Field(ge=0, le=4096), NUMBER]
 
 
-def _one_of(kind: str, names: Iterable[str], aliases: dict[str, str] | None = None) -> Any:
-    known = list(names)
-
+def _one_of(
+    kind: str, known: Collection[str], aliases: dict[str, str] | None = None
+) -> AfterValidator:
     def check(value: str) -> str:
         value = (aliases or {}).get(value, value)
         if value not in known:
-            raise PydanticCustomError("unknown_name", "{why}", {"why": unknown(kind, value, known)})
+            why = unknown(kind, value, list(known))
+            raise PydanticCustomError("unknown_name", "{why}", {"why": why})
         return value
 
-    return Annotated[str, AfterValidator(check), WithJsonSchema({"type": "string", "enum": known})]
+    return AfterValidator(check)
+
+
+def _enum(known: Collection[str]) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", "enum": list(known)})
 
 
 def _schedule(value: Any) -> str | float:
@@ -79,10 +84,14 @@ def _none_if_blank(value: Any) -> Any:
     return None if isinstance(value, str) and not value.strip() else value
 
 
-PresetName = _one_of("preset", presets.PRESETS)
-FormatName = _one_of("format", formats.FORMATS, formats.FORMAT_ALIASES)
-SamplerName = _one_of("sampler", SAMPLERS)
-ReturnType = _one_of("return_type", formats.RETURN_TYPES)
+PresetName = Annotated[str, _one_of("preset", presets.PRESETS), _enum(presets.PRESETS)]
+FormatName = Annotated[
+    str, _one_of("format", formats.FORMATS, formats.FORMAT_ALIASES), _enum(formats.FORMATS)
+]
+SamplerName = Annotated[str, _one_of("sampler", SAMPLERS), _enum(SAMPLERS)]
+ReturnType = Annotated[
+    str, _one_of("return_type", formats.RETURN_TYPES), _enum(formats.RETURN_TYPES)
+]
 ScheduleField = Annotated[
     str | float,
     BeforeValidator(_schedule),
@@ -151,7 +160,7 @@ class GenerateRequest(_Strict):
         max_length=MAX_PROMPT,
         description="what to keep out; acts while guidance_scale is above 1",
     )
-    preset: PresetName | None = Field(  # type: ignore[valid-type]
+    preset: PresetName | None = Field(
         None, description=f"named defaults; `{presets.DEFAULT_PRESET}` if left out"
     )
     width: Annotated[int, Field(ge=1, le=8192), NUMBER] | None = Field(
@@ -178,7 +187,7 @@ class GenerateRequest(_Strict):
     lora_error: Literal["continue", "fail"] = Field(
         "continue", description="when a LoRA fails: draw without it and say so, or refuse"
     )
-    sampler: SamplerName | None = Field(  # type: ignore[valid-type]
+    sampler: SamplerName | None = Field(
         None, description=f"how steps are taken; `{DEFAULT_SAMPLER}` if left out"
     )
     schedule: ScheduleField | None = Field(
@@ -217,15 +226,11 @@ class GenerateRequest(_Strict):
     extend: ExtendRequest | None = Field(
         None, description="pixels to add to init_image: left, right, top, bottom"
     )
-    output_format: FormatName = Field(  # type: ignore[valid-type]
-        formats.DEFAULT_FORMAT, description="picture format"
-    )
+    output_format: FormatName = Field(formats.DEFAULT_FORMAT, description="picture format")
     output_quality: Annotated[int, Field(ge=1, le=100), NUMBER] = Field(
         formats.DEFAULT_QUALITY, description="of jpeg and webp"
     )
-    return_type: ReturnType = Field(  # type: ignore[valid-type]
-        "base64", description="how JSON answers carry pictures"
-    )
+    return_type: ReturnType = Field("base64", description="how JSON answers carry pictures")
     lora_path: Annotated[str | None, BeforeValidator(_none_if_blank)] = Field(
         None, max_length=2000, description="klein's predecessor's way to name one LoRA"
     )

@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,13 @@ def test_a_hostile_header_is_refused_quickly(tmp_path: Path, header: bytes) -> N
     assert len(str(caught.value)) < 500
 
 
+def test_the_parts_of_a_header_are_counted_before_they_are_made(tmp_path: Path) -> None:
+    """8 MB of JSON can become hundreds of megabytes of objects."""
+    path = _raw(tmp_path / "x.safetensors", b"[" + b"{}," * 2_700_000 + b"{}]")
+    with pytest.raises(LoraError, match="too many parts"):
+        file.inspect(path, "x")
+
+
 @pytest.mark.parametrize(
     "tags",
     [
@@ -280,13 +288,13 @@ def test_two_uploads_of_one_name(tmp_path: Path) -> None:
     folder.mkdir()
     library, both, said = LoraLibrary(folder), threading.Barrier(2), []
 
-    def chunks() -> list[bytes]:
+    def chunks() -> Iterator[bytes]:
         both.wait(5)
-        return [data]
+        yield data
 
     def add() -> None:
         try:
-            said.append(library.add("a.safetensors", (c for c in chunks()))["name"])
+            said.append(library.add("a.safetensors", chunks())["name"])
         except InvalidRequest as error:
             said.append("already" in str(error))
 

@@ -10,9 +10,8 @@ import pytest
 
 from klein.core import GenerationResult
 from klein.errors import InternalError, LoraError
-from tests import tiny
 from tests.model.conftest import Draw, drawer, load
-from tests.support import loras
+from tests.support import loras, tiny
 from tests.support.loras import Array
 
 LAYER = "single_blocks.0.linear2"

@@ -8,9 +8,8 @@ from klein.core import GenerationResult
 from klein.inference import offload
 from klein.inference.offload import ModelOffloader
 from klein.inference.pipeline import KleinPipeline
-from tests import tiny
 from tests.model.conftest import drawer, load, planned, with_loras
-from tests.support import loras
+from tests.support import loras, tiny
 
 A = {"path": "a.safetensors"}
 

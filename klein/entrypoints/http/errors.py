@@ -1,7 +1,8 @@
 """klein's errors over HTTP: one status for each code, one shape for all."""
 
 import math
-from typing import Any, assert_never, cast
+from collections.abc import Mapping
+from typing import Any, Literal, assert_never, cast
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -9,12 +10,17 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from klein.errors import ErrorCode, InvalidRequest, KleinError
 from klein.request.schema import invalid
 
 RETRY_SECONDS = 5.0
 """After which a caller may try again, where nothing better is known."""
+OPENAI_PATHS = "/v1/"
+"""Routes that speak OpenAI's words, whose client repeats what fails unless it is told not to."""
+COSTLY = (ErrorCode.DEADLINE_EXCEEDED,)
+"""What may succeed later, and would cost as much again if it did not."""
 
 
 def http_status(code: ErrorCode) -> int:
@@ -59,8 +65,44 @@ def error_response(
     """The one shape of klein's own errors; `retry_after` is in seconds."""
     seconds = math.ceil(max(1.0, RETRY_SECONDS if retry_after is None else retry_after))
     headers = {"retry-after": str(seconds)} if error.retryable else {}
-    body = {"error": error.as_dict(request_id)}
-    return JSONResponse(body, status_code=http_status(error.code), headers=headers)
+    return ErrorResponse(error.as_dict(request_id), http_status(error.code), headers)
+
+
+class ErrorResponse(JSONResponse):
+    """One error; on OpenAI's routes in OpenAI's shape too, whoever refused the request."""
+
+    def __init__(
+        self, detail: dict[str, Any], status: int, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__({"error": detail}, status, headers)
+        self._detail = detail
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer in the words of the route that was asked."""
+        if scope["path"].startswith(OPENAI_PATHS):
+            detail = openai_detail(self._detail, self.status_code)
+            self.body = self.render({"error": detail})
+            self.headers["content-length"] = str(len(self.body))
+            self.headers.update(_openai_headers(detail))
+        await super().__call__(scope, receive, send)
+
+
+def openai_detail(detail: dict[str, Any], status: int) -> dict[str, Any]:
+    """klein's error in OpenAI's shape: `type` and `param` beside klein's own keys."""
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    unknown_model = (detail["code"], detail["field"]) == (ErrorCode.NOT_FOUND, "model")
+    code = "model_not_found" if unknown_model else detail["code"]
+    return {**detail, "code": code, "type": kind, "param": detail["field"]}
+
+
+def _openai_headers(detail: dict[str, Any]) -> dict[str, str]:
+    headers = {}
+    if not detail["retryable"] or detail["code"] in COSTLY:
+        headers["x-should-retry"] = "false"
+    if detail["request_id"]:
+        headers["x-request-id"] = detail["request_id"]
+    return headers
 
 
 class ErrorDetail(BaseModel):
@@ -79,18 +121,34 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-def _described() -> dict[int | str, dict[str, Any]]:
+class OpenAIErrorDetail(ErrorDetail):
+    """klein's error with OpenAI's keys."""
+
+    code: ErrorCode | Literal["model_not_found"]  # type: ignore[assignment]
+    type: str
+    param: str | None = Field(description="as `field`")
+
+
+class OpenAIErrorBody(BaseModel):
+    """The shape of every error of OpenAI's routes."""
+
+    error: OpenAIErrorDetail
+
+
+def _described(body: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     codes: dict[int, list[str]] = {}
     for code in ErrorCode:
         codes.setdefault(http_status(code), []).append(f"`{code}`")
     return {
-        status: {"model": ErrorBody, "description": ", ".join(names)}
+        status: {"model": body, "description": ", ".join(names)}
         for status, names in sorted(codes.items())
     }
 
 
-ERRORS = _described()
+ERRORS = _described(ErrorBody)
 """Every status of an error, for OpenAPI."""
+OPENAI_ERRORS = _described(OpenAIErrorBody)
+"""The same of OpenAI's routes."""
 
 
 def install(app: FastAPI) -> None:
@@ -107,7 +165,8 @@ def install(app: FastAPI) -> None:
 async def _on_klein_error(request: Request, error: KleinError) -> Response:
     generator = request.app.state.generator
     full = error.code is ErrorCode.QUEUE_FULL and generator is not None
-    return error_response(error, retry_after=generator.retry_after() if full else None)
+    id = getattr(request.state, "request_id", None)
+    return error_response(error, id, generator.retry_after() if full else None)
 
 
 async def _on_invalid(_: Request, error: RequestValidationError) -> Response:
@@ -127,4 +186,4 @@ async def _on_http(_: Request, error: HTTPException) -> Response:
         "retryable": False,
         "request_id": None,
     }
-    return JSONResponse({"error": detail}, status_code=error.status_code, headers=error.headers)
+    return ErrorResponse(detail, error.status_code, error.headers)

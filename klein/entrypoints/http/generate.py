@@ -55,7 +55,7 @@ async def answer_with_image(
 
     def render(generated: Generated) -> Response:
         (image,) = response.encode(generated.result, generated.delivery)
-        return Response(image.data, media_type=image.mime_type, headers=_headers(generated))
+        return Response(image.data, media_type=image.mime_type, headers=result_headers(generated))
 
     for field, only, instead in (("num_images", 1, "several"), ("return_type", "base64", "links")):
         if getattr(asked, field) != only:
@@ -71,7 +71,7 @@ async def answer_with_json(
 
     def render(generated: Generated) -> Response:
         body = response.to_json(generated.result, generated.delivery, generator.bucket)
-        return JSONResponse(body, headers=_headers(generated))
+        return JSONResponse(body, headers=result_headers(generated))
 
     return await _answer(generator, asked, request, render)
 
@@ -119,7 +119,8 @@ async def run_while_connected(
     return work.result()
 
 
-def _headers(generated: Generated) -> dict[str, str]:
+def result_headers(generated: Generated) -> dict[str, str]:
+    """What is worth knowing of a result without reading its body."""
     result = generated.result
     values = {
         "x-klein-request-id": result.id,

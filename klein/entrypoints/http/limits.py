@@ -67,7 +67,7 @@ class LimitRequests:
     def _rule(self, path: str) -> _Rule:
         if path.startswith(UPLOADS):
             return _Rule(MAX_BYTES)
-        if path.startswith(("/generate", "/generate_json")):
+        if path.startswith(("/generate", "/generate_json", "/v1/images/generations")):
             return _Rule(self._picture_bytes, json_only=True)
         return _Rule(self._picture_bytes if path.startswith(WITH_PICTURES) else JSON_BYTES)
 

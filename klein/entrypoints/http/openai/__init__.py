@@ -1,0 +1,1 @@
+"""OpenAI's image routes: their fields in, their objects and events out."""
