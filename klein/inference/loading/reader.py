@@ -209,7 +209,7 @@ def _chunks(
             if not chunks or not chunks[-1].takes(offset, item):
                 chunks.append(Chunk(fd, path, offset))
             count = min(flat.numel() - done, (CHUNK_BYTES - chunks[-1].size) // item)
-            chunks[-1].add(Piece(flat[done : done + count], entry.dtype))
+            chunks[-1].add(Piece(flat[done : done + count], dtype))
             done += count
     return chunks
 
