@@ -111,7 +111,7 @@ def test_joined_heads(width: int, heads: int, dim: int, middle: int) -> None:
         on_kernels(fused.join_heads, qkv, norms, rope, tuple(made), offset, 1e-6)
         in_torch(
             lambda qkv, norms, rope, offset: fused.join_heads(
-                qkv, norms, rope, tuple(expected), offset, 1e-6
+                qkv, norms, rope, (expected[0], expected[1], expected[2]), offset, 1e-6
             ),
             qkv,
             norms,
