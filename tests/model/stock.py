@@ -13,9 +13,9 @@ from klein.models.schedule import mu_of
 from klein.models.sizes import tokens
 
 
-class GpuScheduler(FlowMatchEulerDiscreteScheduler):
-    """Steps as diffusers' scheduler does on a GPU: in bfloat16 on a CPU torch rounds the length of
-    the step as well, as the first factor of a product."""
+class UnroundedSteps(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+    """diffusers' scheduler without one rounding that klein leaves out: in bfloat16 on a CPU torch
+    rounds the length of a step too, as the first factor of a product."""
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **_: Any) -> tuple[Tensor]:
         super().step(model_output, timestep, sample)
@@ -29,7 +29,7 @@ def stock(folder: Path, dtype: torch.dtype = torch.float32, **modules: Any) -> A
     pipe = Flux2KleinPipeline.from_pretrained(folder, dtype=dtype, **modules)
     pipe.set_progress_bar_config(disable=True)
     if dtype == torch.bfloat16:
-        pipe.scheduler = GpuScheduler.from_config(pipe.scheduler.config)
+        pipe.scheduler = UnroundedSteps.from_config(pipe.scheduler.config)
     return pipe
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from safetensors.torch import save_file
 
 from klein.core import GenerationResult
 from klein.errors import LoraError
-from klein.inference.adapters import merge
 from klein.inference.pipeline import KleinPipeline
-from tests.model.conftest import Draw
+from klein.lora.file import LoraFile
+from tests.model.conftest import Draw, make_job
 from tests.model.stock import stock
 from tests.support import loras, tiny
 from tests.support.loras import Array
@@ -67,7 +68,7 @@ def _lokr(full: bool) -> Made:
             w2, scale = a @ b, 2.0 / RANK
         tensors[f"{name}.lokr_w1"] = w1
         tensors[f"{name}.alpha"] = np.array(2.0, dtype=np.float32)
-        deltas[layer] = np.kron(w1, w2) * scale
+        deltas[layer] = (np.kron(w1, w2) * scale).astype(np.float32)
     return tensors, deltas, {}
 
 
@@ -80,7 +81,8 @@ def _loha() -> Made:
             tensors[f"{name}.hada_w{part // 2 + 1}_{'ab'[part % 2]}"] = made
             parts.append(made)
         tensors[f"{name}.alpha"] = np.array(1.0, dtype=np.float32)
-        deltas[layer] = (parts[0] @ parts[1]) * (parts[2] @ parts[3]) / RANK
+        change = (parts[0] @ parts[1]) * (parts[2] @ parts[3]) / RANK
+        deltas[layer] = change.astype(np.float32)
     return tensors, deltas, {}
 
 
@@ -198,7 +200,7 @@ def test_dora_is_applied_truly(
     for layer, delta in deltas.items():
         names = _modules(layer)
         weight = np.concatenate([modules[name].weight.detach().numpy() for name in names])
-        magnitude = np.abs(loras.random((len(weight),), 77)) + 0.5
+        magnitude = np.abs(loras.random((len(weight),), 77)) + np.float32(0.5)
         tensors[f"diffusion_model.{layer}.magnitude"] = magnitude
         merged = weight + delta
         merged = magnitude[:, None] * merged / np.linalg.norm(merged, axis=1, keepdims=True)
@@ -333,23 +335,17 @@ def test_a_failing_lora_is_loud(draw: Draw, lora_folder: Path, two: tuple[str, s
 
 
 def test_an_interrupted_switch_heals(
-    draw: Draw, two: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    draw: Draw, two: tuple[str, str], tiny_pipe: KleinPipeline
 ) -> None:
     """Whatever stops a merge half-way, the next job starts from pristine weights."""
     base = _bytes(draw())
-    real, calls = merge.strength_of, 0
-
-    def breaks(*args: Any) -> float:
-        nonlocal calls
-        calls += 1
-        if calls == 6:
-            raise RuntimeError("half-way")
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(merge, "strength_of", breaks)
-        with pytest.raises(RuntimeError, match="half-way"):
-            draw(loras=[{"path": two[0]}])
+    job = make_job(tiny_pipe, loras=[{"path": two[0]}])
+    (file,) = job.loras
+    assert isinstance(file, LoraFile)
+    first, second, third, *rest = file.patches
+    patches = (first, second, replace(third, tensors={}), *rest)
+    with pytest.raises(KeyError):
+        draw(replace(job, loras=(replace(file, patches=patches),)))
     assert _bytes(draw()) == base
 
 

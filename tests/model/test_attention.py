@@ -28,9 +28,14 @@ def test_before_hopper_flash_attn_is_taken_if_it_runs(
     flash_attn: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is tried before it is believed; where it fails or lies klein still serves."""
-    tried = []
+    tried: list[attention.Backend] = []
     real = attention.prove
-    monkeypatch.setattr(attention, "prove", lambda one, _: tried.append(one) or real(one, "cpu"))
+
+    def prove(one: attention.Backend, _: str) -> None:
+        tried.append(one)
+        real(one, "cpu")
+
+    monkeypatch.setattr(attention, "prove", prove)
     assert attention.choose("auto", "cuda", (8, 6), fused=True).label == "flash-attn"
     flash_attn.flash_attn_func = lambda q, k, v: q * 0
     assert attention.choose("auto", "cuda", (8, 6), fused=True).label == "torch's own attention"

@@ -248,7 +248,11 @@ def late(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     land = reader.Piece.land
 
     def later(piece: Any, raw: Tensor) -> None:
-        stream.queue.submit(lambda: (time.sleep(0.0005), land(piece, raw.clone())))
+        def late() -> None:
+            time.sleep(0.0005)
+            land(piece, raw.clone())
+
+        stream.queue.submit(late)
 
     def buffer() -> tuple[Tensor, LateEvent]:
         made.append(reader.CHUNK_BYTES)

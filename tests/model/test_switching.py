@@ -56,7 +56,7 @@ def switch(pipe: KleinPipeline, folder: Path, switches: int) -> dict[str, float]
         return {name: weight.clone() for name, weight in transformer.state_dict().items()}
 
     merger.apply([])
-    expected = {(): weights()}
+    expected: dict[tuple[int, ...], dict[str, torch.Tensor]] = {(): weights()}
     for number, one in enumerate(requests):
         merger.apply([one])
         expected[(number,)] = weights()
