@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,10 @@ from klein.sources.reference import redacted
 log = logging.getLogger(__name__)
 
 LOW_MEMORY_WARNING = "GPU memory ran out: drawn again in tiles and one branch of guidance at a time"
+SHORT_RUN_WARNING = (
+    "step skipping was left out: a run of {steps} steps would have fewer than "
+    f"{STEP_SKIPPING.least} to compute"
+)
 TILES_WARNING = "the picture was decoded in tiles to save memory; seams can differ"
 
 
@@ -253,13 +257,18 @@ class KleinPipeline:
         faster = self._plan.acceleration
         levels = noise_levels(params.schedule, mu, params.num_inference_steps)
         start = first_step(params.num_inference_steps, params.strength or 1.0)
-        return Run(
+        run = Run(
             levels[start:],
             SAMPLERS[params.sampler],
             params.guidance_scale,
             batched_cfg=faster.has("batched_cfg") and not low_memory,
-            skipping=STEP_SKIPPING if faster.has("step_skipping") else None,
         )
+        if not faster.has("step_skipping"):
+            return run
+        if STEP_SKIPPING.suits(run.steps):
+            return replace(run, skipping=STEP_SKIPPING)
+        warnings.append(SHORT_RUN_WARNING.format(steps=run.steps))
+        return run
 
     def _draw(self, drawing: "_Drawing", number: int, clock: "_Clock") -> GeneratedImage:
         job, run, text = drawing.job, drawing.run, drawing.text

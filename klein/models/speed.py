@@ -55,10 +55,12 @@ class Tier:
 class StepSkipping:
     """Which steps are computed when not all are: the `first` (two or more), every `every`-th after
     them, and the last. In the others the velocity is extrapolated linearly over the noise levels,
-    from the last two that were computed."""
+    from the last two that were computed. Runs with fewer than `least` steps to compute are no
+    place for it: their steps lie too far apart for a line."""
 
     first: int
     every: int
+    least: int = 0
 
     def computes(self, step: int, steps: int) -> bool:
         """Whether step `step` of `steps`, from 0, is computed."""
@@ -68,6 +70,10 @@ class StepSkipping:
     def computed(self, steps: int) -> int:
         """How many of `steps` are computed."""
         return sum(self.computes(step, steps) for step in range(steps))
+
+    def suits(self, steps: int) -> bool:
+        """Whether a run of `steps` is long enough."""
+        return self.computed(steps) >= self.least
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +89,8 @@ class Acceleration:
         return option in self.options
 
 
-STEP_SKIPPING = StepSkipping(first=3, every=2)
-"""28 steps become 16: SPEED.md has what others cost."""
+STEP_SKIPPING = StepSkipping(first=3, every=2, least=10)
+"""28 steps become 16, and runs of 14 or fewer stay whole: SPEED.md has what others cost."""
 
 OPTIONS: dict[str, Option] = {
     row.name: row
@@ -126,7 +132,8 @@ OPTIONS: dict[str, Option] = {
         Option(
             "step_skipping",
             False,
-            f"after {STEP_SKIPPING.first} steps only every other one and the last are computed",
+            f"after {STEP_SKIPPING.first} steps only every other one and the last are computed, where "
+            f"that leaves {STEP_SKIPPING.least} or more",
             excludes=("distilled",),
         ),
     )
