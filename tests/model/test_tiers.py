@@ -3,6 +3,7 @@
 The Triton kernels behind the same functions are tests/gpu's.
 """
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +130,18 @@ def test_a_line_is_extrapolated_exactly(scale: float, batched: bool) -> None:
 @pytest.mark.parametrize("folder", ["tiny", "nano"])
 @torch.inference_mode()
 def test_the_forward_is_diffusers(folder: str, tiny_folder: Path) -> None:
-    """For one text, for two, and for two that share one image."""
+    """For one text, for two, and for two that share one image; beside references, of which it
+    gives no velocities."""
     model = load(tiny_folder if folder == "tiny" else "nano").parts.transformer
     fused = FusedForward(model, attention.BACKENDS["native"].attend)
     torch.manual_seed(0)
-    ids = torch.cartesian_prod(*(torch.arange(n) for n in (1, 6, 4, 1)))[None]
+    image = torch.cartesian_prod(*(torch.arange(n) for n in (1, 6, 4, 1)))[None]
+    reference = torch.cartesian_prod(*(torch.arange(n) for n in (1, 3, 5, 1)))[None]
+    beside = torch.cat([image, reference + torch.tensor([10, 0, 0, 0])], 1)
     texts = torch.cartesian_prod(*(torch.arange(n) for n in (1, 1, 1, 16)))[None]
-    for images, branches in ((1, 1), (2, 2), (1, 2)):
+    for (images, branches), ids in product(((1, 1), (2, 2), (1, 2)), (image, beside)):
         given = {
-            "hidden_states": torch.randn(images, 24, 128),
+            "hidden_states": torch.randn(images, ids.shape[1], 128),
             "encoder_hidden_states": torch.randn(branches, 16, model.config.joint_attention_dim),
             "timestep": torch.full((branches,), 0.7),
             "img_ids": ids,
@@ -145,7 +149,7 @@ def test_the_forward_is_diffusers(folder: str, tiny_folder: Path) -> None:
         }
         made = fused(**given)[0]
         given["hidden_states"] = given["hidden_states"].expand(branches, -1, -1)
-        expected = model(**given, return_dict=False)[0]
+        expected = model(**given, return_dict=False)[0][:, :24]
         assert (made - expected).norm() / expected.norm() < 1e-5
 
 
