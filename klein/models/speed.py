@@ -132,8 +132,8 @@ OPTIONS: dict[str, Option] = {
         Option(
             "step_skipping",
             False,
-            f"after {STEP_SKIPPING.first} steps only every other one and the last are computed, where "
-            f"that leaves {STEP_SKIPPING.least} or more",
+            f"after {STEP_SKIPPING.first} steps only every other one and the last are computed, "
+            f"where that leaves {STEP_SKIPPING.least} or more",
             excludes=("distilled",),
         ),
     )
