@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from klein.app.generator import Generator
 from klein.core import GenerationResult, Job
-from klein.entrypoints.http import events
+from klein.entrypoints.http import events, generate
 from klein.entrypoints.http.app import create_app, standalone
 from klein.entrypoints.http.openai import form, schema, stream
 from klein.errors import (
@@ -274,7 +274,11 @@ def test_kleins_fields_go_through_extra_body(server: Server, client: Any) -> Non
 
 
 def test_references_go_through_extra_body_too(server: Server, client: Any) -> None:
-    """A generation takes klein's images."""
+    """A generation takes klein's images, and a body of their size."""
+    large = pictures.text(pictures.noise(800, 800))
+    assert len(large) > 2_000_000
+    client.images.generate(prompt="x", extra_body={"images": [large]})
+    assert server.job.inputs.references[0].image.size == (256, 256)
     source = base64.b64encode(OTHER).decode()
     answer = client.images.generate(prompt="x", extra_body={"images": [source]})
     assert answer.usage.input_tokens_details.image_tokens == 8 * 8
@@ -561,8 +565,11 @@ def test_a_client_that_hangs_up_frees_the_gpu(server: Server, streaming: bool) -
     assert isinstance(server.job.context.over, Cancelled)
 
 
-def test_a_stream_that_is_left_frees_the_gpu(server: Server, client: Any) -> None:
-    """After its first event."""
+def test_a_stream_that_is_left_frees_the_gpu(
+    server: Server, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its first event, at once: not when somebody next looks for the caller."""
+    monkeypatch.setattr(generate, "DISCONNECT_POLL", 60)
     reached = threading.Event()
 
     def hold(job: Job, step: int) -> None:
@@ -899,9 +906,10 @@ def test_bodies_that_are_no_json(server: Server, content: bytes, kind: str) -> N
 
 def test_routes_and_methods_that_are_not_there(server: Server, client: Any) -> None:
     """404 and 405 in OpenAI's shape; elsewhere in klein's own."""
-    with pytest.raises(openai.NotFoundError) as raised:
-        client.post("/images/variations", body={}, cast_to=object)
-    assert raised.value.code == "not_found"
+    for path in ("/images/variations", "/nowhere"):
+        with pytest.raises(openai.NotFoundError) as raised:
+            client.post(path, body={}, cast_to=object)
+        assert raised.value.code == "not_found"
     answer = httpx.get(f"{server.url}/v1/images/generations")
     assert (answer.status_code, answer.json()["error"]["type"]) == (405, "invalid_request_error")
     assert "type" not in httpx.get(f"{server.url}/nowhere").json()["error"]
