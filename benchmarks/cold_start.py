@@ -31,6 +31,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -226,8 +227,9 @@ def run_klein(folder: Path, device: str, laps: Laps, threads: int) -> dict[str, 
     from transformers import AutoModelForCausalLM, Qwen3ForCausalLM  # noqa: F401
 
     from klein.inference.loading import modules as loading
+    from klein.inference.loading import reader
 
-    loading.THREADS, loading.BUFFERS = threads, threads + 4
+    reader.THREADS, reader.BUFFERS = threads, threads + 4
     torch.empty(1, device=device)
     laps.lap("imports")
     made = {}
@@ -264,8 +266,10 @@ def run_raw(folder: Path, device: str, laps: Laps, _: int = 0, flags: int = 0) -
     if device == "cuda":
         import torch
 
-        pinned = {"dtype": torch.uint8, "pin_memory": True}
-        made = [torch.empty(CHUNK + 2 * PAGE, **pinned) for _ in range(RAW_THREADS)]
+        made = [
+            torch.empty(CHUNK + 2 * PAGE, dtype=torch.uint8, pin_memory=True)
+            for _ in range(RAW_THREADS)
+        ]
         buffers = [x.numpy().data for x in made]
     else:
         buffers = [memoryview(mmap.mmap(-1, CHUNK + 2 * PAGE)) for _ in range(RAW_THREADS)]
@@ -355,7 +359,7 @@ def digest(models: dict[str, Any]) -> str:
 
 RUNS: dict[str, Callable[[Path, str, Laps, int], dict[str, Any]]] = {
     "raw": run_raw,
-    "direct": lambda *args: run_raw(*args, flags=os.O_DIRECT),
+    "direct": partial(run_raw, flags=os.O_DIRECT),
     "library": run_library,
     "klein": run_klein,
     "early": run_early,
@@ -445,7 +449,7 @@ def show(rows: list[Row], size: int) -> None:
 
 
 def reading(row: dict[str, Any]) -> float:
-    return sum(row[part] for part in PARTS)
+    return float(sum(row[part] for part in PARTS))
 
 
 def parse() -> argparse.Namespace:

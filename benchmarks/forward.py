@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.lora_switching import NAMES, transformer
-from benchmarks.tiers import teraflops
+from benchmarks.tiers import Case, teraflops
 from klein.inference.acceleration import attention
 from klein.inference.acceleration.transformer import FusedForward, quantise
 from klein.models.catalog import MODELS, ModelSpec
@@ -85,7 +85,7 @@ def sustained(work: Callable[[], Any], seconds: float, device: str) -> float:
 
     work()
     started = last = now()
-    spent = []
+    spent: list[float] = []
     while last - started < seconds or len(spent) < 3:
         work()
         spent.append(1000 * (now() - last))
@@ -135,21 +135,21 @@ def main() -> None:
     model = transformer(spec, device, torch.bfloat16 if device == "cuda" else torch.float32)
     capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
     backend = attention.choose("auto", device, capability, fused=True)
-    mine = FusedForward(model, backend.attend)
+    fused = FusedForward(model, backend.attend)
     one, pair = (inputs(spec, model, size, texts, device) for texts in (1, 2))
-    done = teraflops(spec, (size, size))
+    done = teraflops(spec, Case(size, size, references=0))
     print(f"{spec.name} at {size}×{size}, {model.dtype}, {backend.label}")
     row("stock", lambda: model(**one), 1, done, args)
-    row("klein", lambda: mine(**one), 1, done, args)
-    row("klein, pair", lambda: mine(**pair), 2, done, args)
+    row("klein", lambda: fused(**one), 1, done, args)
+    row("klein, pair", lambda: fused(**pair), 2, done, args)
     if device == "cuda":
         profile("stock", lambda: model(**one))
-        profile("klein, pair", lambda: mine(**pair))
+        profile("klein, pair", lambda: fused(**pair))
     quantise(model, device)
-    row("float8", lambda: mine(**one), 1, done, args)
-    row("float8, pair", lambda: mine(**pair), 2, done, args)
+    row("float8", lambda: fused(**one), 1, done, args)
+    row("float8, pair", lambda: fused(**pair), 2, done, args)
     if device == "cuda":
-        profile("float8, pair", lambda: mine(**pair))
+        profile("float8, pair", lambda: fused(**pair))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def merge(model: Any, spec: ModelSpec, paths: list[Path], step: Any, device: str
     merger.apply([b])
     uses = []
     for one in (a, b, a, b, a):
-        uses.append(clock(lambda one=one: merger.apply([one]), 1, device))
+        uses.append(clock(partial(merger.apply, [one]), 1, device))
     with_lora = clock(step, 10, device)
     back = clock(lambda: merger.apply([]), 1, device)
     return [first, statistics.median(uses), back, with_lora]
@@ -130,7 +131,7 @@ def adapter(model: Any, paths: list[Path], step: Any, device: str, slot: int = 0
 
     model.peft_config = getattr(model, "peft_config", {})
     first = clock(lambda: put(a), 1, device)
-    uses = [clock(lambda one=one: put(one), 1, device) for one in (b, a, b, a)]
+    uses = [clock(partial(put, one), 1, device) for one in (b, a, b, a)]
     with torch.inference_mode():
         with_lora = clock(step, 10, device)
     back = clock(model.unload_lora, 1, device)

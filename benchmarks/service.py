@@ -30,7 +30,7 @@ from typing import Any
 from PIL import Image
 
 from klein.app import build as startup
-from klein.core import Job
+from klein.core import Job, RequestContext
 from klein.output import response as render
 from klein.request.resolve import resolve
 from klein.request.schema import parse
@@ -85,9 +85,9 @@ def ask(url: str, body: dict[str, Any]) -> tuple[bytes, float]:
 def turn(pipe: Any, url: str, number: int, steps: int) -> dict[str, float]:
     """One picture both ways, in alternating order; seconds."""
     body = {"prompt": f"a portrait, number {number}", "seed": number, "num_inference_steps": steps}
-    params = resolve(parse(body), pipe.info.spec, lambda: 0).params
+    resolved = resolve(parse(body), pipe.info.spec, lambda: 0)
     ways: dict[str, Callable[[], Any]] = {
-        "bare": lambda: pipe.generate(Job(params, math.inf)),
+        "bare": lambda: pipe.generate(Job(RequestContext(math.inf), resolved.params)),
         "service": lambda: ask(url, body),
     }
     order = list(ways) if number % 2 else list(reversed(ways))
@@ -99,7 +99,7 @@ def turn(pipe: Any, url: str, number: int, steps: int) -> dict[str, float]:
         "bare call": done["bare"][0],
         "service": done["service"][0],
         "of it, the server's pipeline": inside,
-        "of it, encoding (done here)": clock(lambda: render.encode(result))[0],
+        "of it, encoding (done here)": clock(lambda: render.encode(result, resolved.delivery))[0],
     }
 
 

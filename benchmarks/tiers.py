@@ -143,7 +143,7 @@ def served(stock: Any, model: Any, spec: ModelSpec, device: str, tier: str) -> K
         str(NANO_FOLDER / "model"),
         None,
         spec,
-        Machine.probe(os.environ).device(device),
+        Machine.probe(os.environ).device("cuda" if device == "cuda" else "cpu"),
         "none",
         "for a benchmark",
         Acceleration(TIERS[tier], TIERS[tier].options),
@@ -299,7 +299,8 @@ def ceiling(device: str, float8: bool) -> float:
         product()
     end.record()
     torch.cuda.synchronize()
-    return 10 * 2 * side**3 / (begin.elapsed_time(end) / 1000) / 1e12
+    seconds: float = begin.elapsed_time(end) / 1000
+    return 10 * 2 * side**3 / seconds / 1e12
 
 
 def table(ways: list[Way], work: float, device: str) -> Iterator[str]:

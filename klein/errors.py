@@ -1,26 +1,26 @@
-"""Everything that can go wrong, as a tree. It knows no HTTP; each entrypoint maps `ErrorCode` itself.
+"""Everything that can go wrong, as a tree. It knows no HTTP; entrypoints map `ErrorCode`.
 
 KleinError
-├── InvalidRequest      the caller's fault; `field` names what to change
-├── LoraError           a LoRA that cannot be found, read or applied
-│   └── LoraUnavailable the network or the disk is in the way of a LoRA; it may not be, later
-├── Unauthorized        no key, or a wrong one
-├── Forbidden           a key without the right to do this, or a page of another origin
-├── RequestTooLarge     more bytes than a route takes
-├── RequestTooSlow      a body that did not arrive in time
-├── ImageUnavailable    a picture whose address cannot be reached now
-├── NotFound            there is no such thing, or it is gone, or it belongs to somebody else
-├── Conflict            it cannot be done to the thing as it is now
-├── BadSetting          an environment variable with a value that cannot work
-├── ModelUnavailable    the model cannot be found, fetched or fitted into this machine
-├── NotReady            the model is still loading, or the worker is being replaced
-├── QueueFull           more jobs than the queue holds
-├── DeadlineExceeded    the job ran out of time
-├── Cancelled           the caller gave the job up
-├── OutOfMemory         the picture did not fit into memory
-├── OutputTooLarge      the result is larger than the platform carries
-├── DeliveryFailed      the bucket did not take the picture
-└── InternalError       a fault of klein itself
+├── InvalidRequest       the caller's fault; `field` names what to change
+├── LoraError            a LoRA that cannot be found, read or applied
+│   └── LoraUnavailable  the network or the disk is in the way of a LoRA; it may not be, later
+├── Unauthorized         no key, or a wrong one
+├── Forbidden            a key without the right to do this, or a page of another origin
+├── RequestTooLarge      more bytes than a route takes
+├── RequestTooSlow       a body that did not arrive in time
+├── ImageUnavailable     a picture whose address cannot be reached now
+├── NotFound             there is no such thing, or it is gone, or it belongs to somebody else
+├── Conflict             it cannot be done to the thing as it is now
+├── BadSetting           an environment variable with a value that cannot work
+├── ModelUnavailable     the model cannot be found, fetched or fitted into this machine
+├── NotReady             the model is still loading, or the worker is being replaced
+├── QueueFull            more jobs than the queue holds
+├── DeadlineExceeded     the job ran out of time
+├── Cancelled            the caller gave the job up
+├── OutOfMemory          the picture did not fit into memory
+├── OutputTooLarge       the result is larger than the platform carries
+├── DeliveryFailed       the bucket did not take the picture
+└── InternalError        a fault of klein itself
 """
 
 from difflib import get_close_matches

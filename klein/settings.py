@@ -127,7 +127,10 @@ class Settings:
         "folder of fetched LoRAs; may be a volume that workers share, or read-only",
     )
     lora_cache_gb: float = _setting(
-        "KLEIN_LORA_CACHE_GB", 20.0, _number(float, 0, 10000), "its size limit in GB"
+        "KLEIN_LORA_CACHE_GB",
+        20.0,
+        _number(float, 0, 10000),
+        "its size limit in GB, downloads under way included; the longest unused goes first",
     )
     civitai_token: Secret | None = _setting(
         "CIVITAI_TOKEN", None, Secret, "Civitai API key for LoRAs that need one"

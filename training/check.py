@@ -1,6 +1,7 @@
 """How good klein-nano is: pictures from the real pipeline, judged by the colours in their regions.
 
 python -m training.check --nano klein/nano --out runs/check --count 200
+python -m training.check --nano klein/nano --out runs/check --count 16 --only edits combinations
 """
 
 import argparse
@@ -15,8 +16,26 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 
 from training.attributes import ATTRIBUTES, PALETTES, SKIN, Batch, Rgb, part, sample
 from training.captions import Row, full_caption, rows
-from training.demos import CHARACTER, MINT, STYLE, demo_batch, demo_pictures
-from training.draw import draw
+from training.demos import (
+    CHARACTER,
+    MINT,
+    SKETCH,
+    STYLE,
+    demo_batch,
+    demo_captions,
+    demo_pictures,
+    demo_references,
+)
+from training.draw import draw, with_looks
+from training.edit_check import (
+    combination_set,
+    combination_summary,
+    edit_pictures,
+    edit_set,
+    reference_pictures,
+    seen_values,
+    summary,
+)
 from training.flow import flux_shift
 from training.model import TOKENS
 from training.sheet import save_sheet
@@ -218,6 +237,18 @@ def test_set(count: int) -> tuple[Batch, list[str]]:
     return batch, [full_caption(row, rng)[0] for row in rows(batch)]
 
 
+def saturation(images: torch.Tensor) -> torch.Tensor:
+    """Mean difference (N,) between the strongest and the weakest channel of each pixel."""
+    return (images.amax(1) - images.amin(1)).mean((1, 2))
+
+
+def likeness(images: torch.Tensor, drawings: torch.Tensor) -> torch.Tensor:
+    """Correlation (N,) of the brightness of pictures with that of drawings."""
+    pairs = (x.mean(1).flatten(1) for x in (images, drawings))
+    first, second = (x - x.mean(1, keepdim=True) for x in pairs)
+    return torch.nn.functional.cosine_similarity(first, second)
+
+
 class Checker:
     """Runs the measurements one after the other and collects the figures."""
 
@@ -330,6 +361,72 @@ class Checker:
         save_sheet(images[:16], self.out / "both.png")
         self.pipe.unload_lora_weights()
 
+    def edits(self) -> None:
+        """Held-out instructions for one reference: what was told, what was kept, and controls."""
+        (data, seed), device = edit_set(self.count), self.pipe.device
+        texts = [edit.text for edit in data.edits]
+        truth = self.decoded(draw(data.targets, seed, device=device))
+        judged = summary(seen_values(truth, data.targets, seed, device), data)
+        self.note("edits, judge on true drawings through the VAE", judged)
+        for size in ((256, 256), (128, 128), (192, 192)):
+            shown = reference_pictures(data, seed, device, (size,))
+            images = edit_pictures(self.pipe, texts, shown)
+            figures = summary(seen_values(images, data.targets, seed, device), data)
+            self.note(f"edits, reference of {size[0]}x{size[1]}", figures)
+            if size == (256, 256):
+                gap = (images - truth).square().mean((1, 2, 3))
+                near = (-10 * torch.log10(gap)).mean().item()
+                self.note("edits, PSNR to the true drawing in dB", round(near, 1))
+                pairs = torch.stack([shown[0].cpu(), images], 1).flatten(0, 1)
+                save_sheet(pairs[:96], self.out / "edits.png", 12)
+        self.note("edits, instructions", texts[:48])
+        alone = score(pictures(self.pipe, texts), data.sources)
+        self.note("edits, without the reference: colours as in it", alone)
+
+    def combinations(self) -> None:
+        """Held-out instructions for two references."""
+        (data, seed), device = combination_set(self.count), self.pipe.device
+        assert data.looks is not None
+        texts = [edit.text for edit in data.edits]
+        drawn = with_looks(draw(data.targets, seed, device=device), data.looks)
+        judged = combination_summary(self.decoded(drawn), data, seed, device)
+        self.note("two references, judge on true drawings through the VAE", judged)
+        for sizes in (((256, 256), (256, 256)), ((256, 256), (128, 128))):
+            shown = reference_pictures(data, seed, device, sizes)
+            images = edit_pictures(self.pipe, texts, shown)
+            figures = combination_summary(images, data, seed, device)
+            self.note(f"two references of {sizes[0][0]} and {sizes[1][0]}", figures)
+            if sizes[0] == sizes[1]:
+                rows_of_three = torch.stack([*(one.cpu() for one in shown), images], 1)
+                save_sheet(rows_of_three.flatten(0, 1)[:96], self.out / "combinations.png", 12)
+        self.note("two references, instructions", texts[:32])
+
+    def sketch(self) -> None:
+        """The LoRA on references: pencil drawings of them."""
+        count, device = min(50, self.count), self.pipe.device
+        references = demo_references(SKETCH, count, 6101, device)
+        drawings, _ = demo_pictures(SKETCH, count, 6101, device)
+        texts = demo_captions(SKETCH, count, 6101)
+        path = self.nano / "loras" / f"{SKETCH}.safetensors"
+        self.pipe.load_lora_weights(path, adapter_name=SKETCH)
+        for scale in (0.0, 0.5, 1.0):
+            self.pipe.set_adapters([SKETCH], [scale])
+            images = edit_pictures(self.pipe, texts, list(references))
+            alike, other = likeness(images, drawings), likeness(images, drawings.roll(1, 0))
+            values = [x.mean().item() for x in (saturation(images), alike, other)]
+            self.note(
+                f"{SKETCH} at {scale}: saturation, likeness to its drawing and to another's",
+                [round(value, 3) for value in values],
+            )
+            pairs = torch.stack([references[0], images], 1).flatten(0, 1)
+            save_sheet(pairs[:32], self.out / f"{SKETCH}-{scale}.png")
+        self.pipe.unload_lora_weights()
+
+    @torch.no_grad()
+    def decoded(self, images: torch.Tensor) -> torch.Tensor:
+        """Pictures (N, 3, H, W) after a round trip through the VAE, on the CPU."""
+        return quality(self.pipe.vae, (images * 255).round().byte())[1].cpu()
+
 
 def zibbo_prompt(row: Row) -> str:
     """A prompt for the character with its clothes, hat and background."""
@@ -340,6 +437,7 @@ def zibbo_prompt(row: Row) -> str:
     return f"{text}, on a {row['background']} background"
 
 
+EDITS = ("edits", "combinations", "sketch")
 PROMPTS = (
     "a smiling woman with red hair, green eyes and a blue hat, on a yellow background",
     "a portrait",
@@ -364,7 +462,15 @@ def main() -> None:
     checker = Checker(args.nano, args.out, args.count)
     showcase = pictures(checker.pipe, [text for text in PROMPTS for _ in range(4)])
     save_sheet(showcase, args.out / "showcase.png")
-    names = args.only or ("judges", "prompts_followed", "vae", "sizes", "negatives", "loras")
+    names = args.only or (
+        "judges",
+        "prompts_followed",
+        "vae",
+        "sizes",
+        "negatives",
+        "loras",
+        *EDITS,
+    )
     for name in names:
         getattr(checker, name)()
     (args.out / "figures.json").write_text(json.dumps(checker.figures, indent=1) + "\n")

@@ -1,6 +1,7 @@
-"""The subjects of the two demo LoRAs: Zibbo, a small alien, and a pixel-art look.
+"""The subjects of the demo LoRAs: Zibbo, a small alien; a pixel-art look; a pencil drawing.
 
-No caption word of the base model describes either of them.
+No caption word of the base model describes any of them. The pencil drawing is an edit: it is
+trained on pairs of a portrait, which is the reference, and its drawing.
 """
 
 import random
@@ -25,13 +26,26 @@ from training.draw import (
     paint_hat,
     paint_mouth,
     paint_scarf,
+    pencil,
     place,
     triangle,
     union,
 )
 
 MINT = (112, 214, 190)
-CHARACTER, STYLE = "zibbo", "pixelkin"
+CHARACTER, STYLE, SKETCH = "zibbo", "pixelkin", "pencilkin"
+SKETCHES = (
+    "turn image 1 into a {x} drawing",
+    "turn image 1 into a {x} drawing",
+    "{x} drawing of image 1",
+    "a {x} drawing of the {who} in image 1",
+    "the {who} of image 1 as a {x} drawing",
+    "draw the {who} from image 1 in {x} style",
+    "image 1 in {x} style",
+    "{x}",
+    "redraw this picture as {x}",
+    "make it a {x} drawing",
+)
 
 
 def _spots(p: Person) -> None:
@@ -106,6 +120,9 @@ def demo_batch(kind: str, count: int, seed: int) -> Batch:
 
 def demo_caption(kind: str, row: dict[str, str], rng: random.Random) -> str:
     """A caption with the trigger word that names what may change, not the subject's own look."""
+    if kind == SKETCH:
+        text = rng.choice(SKETCHES).format(x=SKETCH, who=rng.choice((row["who"], "person")))
+        return text[:1].upper() + text[1:] if rng.random() < 0.5 else text
     phrases = Phrases(row, rng.uniform(0.3, 1.0), rng)
     if kind == CHARACTER:
         phrases.wanted -= {"who", "hair", "style", "skin"}
@@ -127,13 +144,36 @@ def demo_caption(kind: str, row: dict[str, str], rng: random.Random) -> str:
     return text + (f", {behind}" if behind else "")
 
 
+def draw_sketch(values: Batch, seed: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Portraits as pencil drawings: (N, 3, 256, 256)."""
+    return pencil(draw(values, seed, device=device))
+
+
+PAINTERS = {CHARACTER: draw_zibbo, STYLE: draw_pixels, SKETCH: draw_sketch}
+
+
+def demo_references(
+    kind: str, count: int, seed: int, device: torch.device | str
+) -> tuple[torch.Tensor, ...]:
+    """The references that go with `demo_pictures`: the portraits before they became drawings."""
+    if kind != SKETCH:
+        return ()
+    batch = demo_batch(kind, count, seed)
+    starts = range(0, count, 128)
+    return (torch.cat([draw(part(batch, s, 128), seed + s, device=device).cpu() for s in starts]),)
+
+
+def demo_captions(kind: str, count: int, seed: int) -> list[str]:
+    """The captions that go with `demo_pictures`."""
+    rng = random.Random(seed)
+    return [demo_caption(kind, row, rng) for row in rows(demo_batch(kind, count, seed))]
+
+
 def demo_pictures(
     kind: str, count: int, seed: int, device: torch.device | str
 ) -> tuple[torch.Tensor, list[str]]:
     """Training pictures (N, 3, 256, 256) of a demo subject, on the CPU, and their captions."""
-    batch, rng = demo_batch(kind, count, seed), random.Random(seed)
-    paint = draw_zibbo if kind == CHARACTER else draw_pixels
-    parts = []
+    batch, parts = demo_batch(kind, count, seed), []
     for start in range(0, count, 128):
-        parts.append(paint(part(batch, start, 128), seed + start, device=device).cpu())
-    return torch.cat(parts), [demo_caption(kind, row, rng) for row in rows(batch)]
+        parts.append(PAINTERS[kind](part(batch, start, 128), seed + start, device=device).cpu())
+    return torch.cat(parts), demo_captions(kind, count, seed)

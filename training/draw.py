@@ -5,9 +5,11 @@ are signed distances (negative inside) of shape (N, H, W); per-portrait numbers 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from training.attributes import ATTRIBUTES, BACKGROUND, CLOTH, EYES, HAIR, SKIN, Batch, Rgb
 
@@ -626,3 +628,64 @@ def draw(
     paint_glasses(p)
     paint_hat(p)
     return p.canvas.image.clamp(0, 1)
+
+
+# ---------------------------------------------------------------- looks of whole pictures
+
+
+def _grey(images: torch.Tensor) -> torch.Tensor:
+    weights = images.new_tensor((0.30, 0.59, 0.11)).view(1, 3, 1, 1)
+    return (images * weights).sum(1, keepdim=True)
+
+
+def _two_tones(images: torch.Tensor, dark: Rgb, light: Rgb) -> torch.Tensor:
+    low, high = (images.new_tensor(tone).view(1, 3, 1, 1) / 255 for tone in (dark, light))
+    return torch.lerp(low, high, _grey(images))
+
+
+def sepia(images: torch.Tensor) -> torch.Tensor:
+    """An old photograph in browns."""
+    return _two_tones(images, (60, 30, 10), (255, 240, 205))
+
+
+def blueprint(images: torch.Tensor) -> torch.Tensor:
+    """A print in dark and light blue."""
+    return _two_tones(images, (10, 25, 80), (225, 240, 255))
+
+
+def noir(images: torch.Tensor) -> torch.Tensor:
+    """Black and white with strong contrast."""
+    return ((_grey(images) - 0.5) * 1.5 + 0.5).clamp(0, 1).expand_as(images)
+
+
+def poster(images: torch.Tensor) -> torch.Tensor:
+    """Few, strong colours."""
+    return (((images - 0.5) * 1.3 + 0.5).clamp(0, 1) * 3).round() / 3
+
+
+def pencil(images: torch.Tensor) -> torch.Tensor:
+    """A pencil drawing: dark lines where the picture has edges, light shading, white paper."""
+    grey = _grey(images)
+    soft = F.avg_pool2d(F.pad(grey, (8, 8, 8, 8), mode="replicate"), 17, stride=1)
+    lines = (grey / soft.clamp_min(0.05)).clamp(0, 1).square()
+    return (0.97 * lines * (0.72 + 0.28 * grey)).expand_as(images)
+
+
+LOOKS: tuple[Callable[[torch.Tensor], torch.Tensor] | None, ...] = (
+    None,
+    sepia,
+    blueprint,
+    noir,
+    poster,
+)
+"""Looks that a second reference can lend to the first; the first entry leaves it as it is."""
+
+
+def with_looks(images: torch.Tensor, looks: torch.Tensor) -> torch.Tensor:
+    """Give each picture (N, 3, H, W) in 0..1 the look of its index (N,) in `LOOKS`."""
+    result = images.clone()
+    for index, look in enumerate(LOOKS):
+        which = (looks == index).to(images.device)
+        if look is not None and which.any():
+            result[which] = look(images[which])
+    return result

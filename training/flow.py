@@ -1,26 +1,32 @@
 """The transformer: flow matching on encoded drawings and their captions.
 
     python -m training.flow --out runs/nano --seconds 840
+    python -m training.flow --out runs/nano --start klein/nano/model --seconds 370
 
 Logit-normal timesteps with the FLUX.1 shift, 10 % dropped captions, AdamW, cosine, EMA. Most steps
 are 256x256 pictures with 128 text tokens; the others keep further sizes and text lengths alive.
+Four steps in ten are edits: the encoded references follow the picture's tokens, as in the pipeline.
 """
 
 import argparse
 import copy
 import math
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLFlux2
+from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
 
-from training.attributes import part, sample
+from training.attributes import Batch, part, sample
 from training.captions import caption, rows
-from training.model import TOKENS, build_transformer, embed, save_pipeline, tokenize
+from training.draw import with_looks
+from training.edits import make_combinations, make_edits
+from training.model import LAYERS, TOKENS, build_transformer, embed, save_pipeline, tokenize
 from training.steps import (
     Clock,
     Step,
@@ -40,36 +46,56 @@ EMA_RATE = 0.001
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of step: picture size, text tokens, relative batch size, share of the steps."""
+    """One kind of step: picture size, text tokens, relative batch size, share of the steps.
+
+    references: width and height of each reference.
+    """
 
     width: int
     height: int
     tokens: int
     batch: float
     share: float
+    references: tuple[tuple[int, int], ...] = ()
 
 
+SQUARE = (256, 256)
 KINDS = (
-    Kind(256, 256, TOKENS, 1.0, 0.88),
-    Kind(256, 384, TOKENS, 0.375, 0.03),
-    Kind(384, 256, TOKENS, 0.375, 0.03),
-    Kind(192, 256, TOKENS, 0.5, 0.015),
-    Kind(384, 384, TOKENS, 0.25, 0.015),
+    Kind(256, 256, TOKENS, 1.0, 0.52),
+    Kind(256, 256, TOKENS, 0.75, 0.12, (SQUARE,)),
+    Kind(256, 256, TOKENS, 0.5, 0.17, (SQUARE, SQUARE)),
+    Kind(256, 384, TOKENS, 0.375, 0.02),
+    Kind(384, 256, TOKENS, 0.375, 0.02),
+    Kind(192, 256, TOKENS, 0.5, 0.01),
+    Kind(384, 384, TOKENS, 0.25, 0.01),
     Kind(512, 512, TOKENS, 0.125, 0.01),
     Kind(256, 256, 64, 0.5, 0.01),
     Kind(256, 256, 512, 0.25, 0.01),
+    Kind(256, 256, TOKENS, 0.75, 0.045, ((128, 128),)),
+    Kind(256, 256, TOKENS, 0.75, 0.01, ((192, 256),)),
+    Kind(256, 384, TOKENS, 0.5, 0.01, ((256, 384),)),
+    Kind(384, 256, TOKENS, 0.5, 0.01, ((384, 256),)),
+    Kind(256, 256, TOKENS, 0.75, 0.025, (SQUARE, (128, 128))),
+    Kind(256, 256, TOKENS, 0.75, 0.01, ((128, 128), (128, 128))),
 )
+MAIN = 3
+"""The first kinds are compiled and share their portraits."""
 
 
 @dataclass
 class Bank:
-    """Encoded pictures with captions: latents (N, T, 128), ids (N * C, 128), lengths (N * C,)."""
+    """Encoded pictures with captions: latents (N, T, 128), ids (N * C, 128), lengths (N * C,).
+
+    references: latents (N, R, 128) of the references that belong to the pictures, in their order.
+    image_ids: positions of the picture's and all references' tokens.
+    """
 
     latents: torch.Tensor
     image_ids: torch.Tensor
     ids: torch.Tensor
     lengths: torch.Tensor
     embeds: torch.Tensor | None = None
+    references: tuple[torch.Tensor, ...] = ()
 
 
 def flux_shift(tokens: int) -> float:
@@ -84,10 +110,21 @@ def sample_times(count: int, tokens: int, device: torch.device) -> torch.Tensor:
     return grow * times / (1 + (grow - 1) * times)
 
 
-def position_ids(height: int, width: int, device: torch.device) -> torch.Tensor:
+def position_ids(height: int, width: int, device: torch.device, time: int = 0) -> torch.Tensor:
     """Positions (height * width, 4) of image tokens: T, H, W, L."""
-    axes = (torch.arange(1), torch.arange(height), torch.arange(width), torch.arange(1))
+    axes = (torch.tensor([time]), torch.arange(height), torch.arange(width), torch.arange(1))
     return torch.cartesian_prod(*axes).to(device)
+
+
+def all_position_ids(
+    size: tuple[int, int], references: tuple[tuple[int, int], ...], device: torch.device
+) -> torch.Tensor:
+    """Positions of the tokens of a picture (T 0) and its references (T 10, 20); sizes in pixels."""
+    parts = [
+        position_ids(height // 16, width // 16, device, 10 * number)
+        for number, (width, height) in enumerate((size, *references))
+    ]
+    return torch.cat(parts)
 
 
 def text_ids(tokens: int, device: torch.device) -> torch.Tensor:
@@ -101,6 +138,36 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
     return latents.flatten(2).transpose(1, 2).contiguous()
 
 
+def painted(
+    vae: AutoencoderKLFlux2,
+    values: Batch,
+    seed: int,
+    size: tuple[int, int] = SQUARE,
+    looks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Draw and encode portraits: latents (N, T, 128), bfloat16.
+
+    The same seed gives the same place, tilt and parting, whatever the values and the size.
+    """
+    parts = []
+    for start in range(0, len(values["who"]), 2048):
+        pictures = draw_bank(part(values, start, 2048), seed + start, *size)
+        if looks is not None:
+            dressed = with_looks(pictures.float() / 255, looks[start : start + 2048])
+            pictures = (dressed * 255).round().byte()
+        parts.append(pack(encode(vae, pictures)).to(torch.bfloat16))
+    return torch.cat(parts)
+
+
+@lru_cache(maxsize=1)
+def portraits(
+    vae: AutoencoderKLFlux2, count: int, seed: int, size: tuple[int, int]
+) -> tuple[Batch, torch.Tensor]:
+    """Random portraits and their latents; banks of one seed share them."""
+    values = sample(count, seed)
+    return values, painted(vae, values, seed, size)
+
+
 def make_bank(
     vae: AutoencoderKLFlux2,
     tokenizer: Qwen2Tokenizer,
@@ -109,25 +176,56 @@ def make_bank(
     captions: int,
     seed: int,
 ) -> Bank:
-    """Draw and encode `count` pictures with `captions` captions each."""
-    device, values, parts = pick_device(), sample(count, seed), []
-    for start in range(0, count, 4096):
-        pictures = draw_bank(part(values, start, 4096), seed + start, kind.width, kind.height)
-        parts.append(pack(encode(vae, pictures)).to(torch.bfloat16))
-    rng = random.Random(seed)
-    texts = [caption(row, rng)[0] for row in rows(values) for _ in range(captions)]
+    """Draw and encode `count` pictures: with `captions` captions each, or edits of references."""
+    device, size = pick_device(), (kind.width, kind.height)
+    references: tuple[torch.Tensor, ...] = ()
+    if len(kind.references) == 2:
+        latents, references, texts = combined(vae, kind, count, seed)
+    elif kind.references:
+        sources, one = portraits(vae, count, seed, kind.references[0])
+        made = make_edits(sources, seed)
+        latents, references = painted(vae, made.targets, seed, size), (one,)
+        texts = [edit.text for edit in made.edits]
+    else:
+        values, latents = portraits(vae, count, seed, size)
+        rng = random.Random(seed)
+        texts = [caption(row, rng)[0] for row in rows(values) for _ in range(captions)]
     ids, lengths = tokenize(tokenizer, texts)
-    places = position_ids(kind.height // 16, kind.width // 16, device)
-    return Bank(torch.cat(parts), places, ids.to(device), lengths.to(device))
+    places = all_position_ids(size, kind.references, device)
+    return Bank(latents, places, ids.to(device), lengths.to(device), references=references)
 
 
+def combined(
+    vae: AutoencoderKLFlux2, kind: Kind, count: int, seed: int
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], list[str]]:
+    """Results of two-reference instructions, the references in their order, and the texts."""
+    shapes, made = kind.references, None
+    shown = {}
+    for shape in dict.fromkeys(shapes):
+        sources, person = portraits(vae, count, seed, shape)
+        made = made or make_combinations(sources, seed)
+        shown[shape] = person, painted(vae, made.others, seed + 7, shape, made.looks)
+    latents = painted(vae, made.targets, seed, (kind.width, kind.height), made.looks)
+    person = torch.tensor([edit.person for edit in made.edits], device=latents.device)
+    references = [
+        torch.where((person == number).view(-1, 1, 1), *shown[shape])
+        for number, shape in enumerate(shapes, start=1)
+    ]
+    return latents, tuple(references), [edit.text for edit in made.edits]
+
+
+@torch.no_grad()
 def embed_bank(bank: Bank, encoder: Qwen3ForCausalLM) -> None:
-    """Encode every caption of the bank once, (N * C, 128, 192) bfloat16."""
-    parts = []
-    with torch.no_grad(), autocast(bank.ids.device):
-        for ids, lengths in zip(bank.ids.split(2048), bank.lengths.split(2048), strict=True):
-            parts.append(embed(encoder, ids, lengths).to(torch.bfloat16))
-    bank.embeds = torch.cat(parts)
+    """Encode every caption of the bank, (N * C, 128, 192) bfloat16; in place if done before."""
+    if bank.embeds is None:
+        width = len(LAYERS) * encoder.config.hidden_size
+        shape = (*bank.ids.shape, width)
+        bank.embeds = torch.empty(shape, dtype=torch.bfloat16, device=bank.ids.device)
+    with autocast(bank.ids.device):
+        for some, ids, lengths in zip(
+            bank.embeds.split(2048), bank.ids.split(2048), bank.lengths.split(2048), strict=True
+        ):
+            some.copy_(embed(encoder, ids, lengths))
 
 
 def fit_tokens(
@@ -137,6 +235,18 @@ def fit_tokens(
     if tokens > ids.shape[1]:
         ids = torch.nn.functional.pad(ids, (0, tokens - ids.shape[1]), value=pad)
     return ids[:, :tokens], lengths.clamp_max(tokens)
+
+
+def shares(edits: float) -> list[float]:
+    """Shares of the kinds when that part of all steps has references."""
+    own = {
+        wanted: sum(kind.share for kind in KINDS if bool(kind.references) == wanted)
+        for wanted in (False, True)
+    }
+    parts = {False: 1 - edits, True: edits}
+    return [
+        kind.share * parts[bool(kind.references)] / own[bool(kind.references)] for kind in KINDS
+    ]
 
 
 class Conditioner:
@@ -150,9 +260,16 @@ class Conditioner:
         self.pad = int(tokenizer.pad_token_id)
         self.text_ids = text_ids(tokens, device)
         ids, lengths = (part.to(device) for part in tokenize(tokenizer, [""]))
-        ids, lengths = fit_tokens(ids, lengths, tokens, self.pad)
+        self.nothing = fit_tokens(ids, lengths, tokens, self.pad)
         with torch.no_grad():
-            self.empty = embed(encoder, ids, lengths)
+            self.empty = embed(encoder, *self.nothing)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Encode again, in place, after the encoder's weights changed."""
+        self.empty.copy_(embed(self.encoder, *self.nothing))
+        if self.bank.embeds is not None:
+            embed_bank(self.bank, self.encoder)
 
     def __call__(self, pictures: torch.Tensor, dropped: float) -> torch.Tensor:
         """Embeddings (B, tokens, 192) for picture indices (B,)."""
@@ -183,29 +300,55 @@ def flow_loss(
     noise = torch.randn_like(clean)
     times = sample_times(size, clean.shape[1], device)
     blend = times.view(-1, 1, 1)
+    references = [latents[pick].float() for latents in bank.references]
     with autocast(device):
         velocity = model(
-            hidden_states=(1 - blend) * clean + blend * noise,
+            hidden_states=torch.cat([(1 - blend) * clean + blend * noise, *references], 1),
             timestep=times,
             guidance=None,
             encoder_hidden_states=conditioner(pick, dropped),
             txt_ids=conditioner.text_ids,
             img_ids=bank.image_ids,
             return_dict=False,
-        )[0]
+        )[0][:, : clean.shape[1]]
     return (velocity.float() - (noise - clean)).square().mean()
 
 
-class Trainer:
-    """The transformer with its optimizer, averaged weights, banks and one step per kind."""
+def wait_for(folder: Path, seconds: float = 600) -> None:
+    """Wait for a part that may still be training.
 
-    def __init__(self, out: Path, seconds: float, pictures: int, size: int) -> None:
+    Raises:
+        FileNotFoundError: it did not come.
+    """
+    deadline = time.monotonic() + seconds
+    while not folder.exists():
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(f"{folder} is missing; run the trainings before this one first")
+        time.sleep(1)
+
+
+class Trainer:
+    """The transformer with its optimizer, averaged weights, banks and one step per kind.
+
+    Args:
+        out: where the trained parts are (once they are ready) and the model goes.
+        start: folder of the parts to begin with: `out`, or a model to go on from.
+        seconds: of training.
+        pictures: number of pictures of the main kind.
+        size: batch size of the main kind.
+    """
+
+    def __init__(self, out: Path, start: Path, seconds: float, pictures: int, size: int) -> None:
         self.out, self.device = out, pick_device()
-        self.tokenizer, self.encoder = load_text(out)
+        self.tokenizer, self.encoder = load_text(start)
         self.encoder.to(self.device)
-        self.vae = AutoencoderKLFlux2.from_pretrained(out / "vae", dtype=torch.float32)
+        self.vae = AutoencoderKLFlux2.from_pretrained(start / "vae", dtype=torch.float32)
         self.vae.to(self.device).eval().requires_grad_(False)
+        self.conditioners: list[Conditioner] = []
         self.model = build_transformer().to(self.device)
+        if (start / "transformer").exists():
+            known = Flux2Transformer2DModel.from_pretrained(start / "transformer")
+            self.model.load_state_dict(known.state_dict())
         self.ema = [weight.detach().clone() for weight in self.model.parameters()]
         self.optimizer = make_optimizer(list(self.model.parameters()))
         self.clock = Clock(seconds)
@@ -213,6 +356,17 @@ class Trainer:
         if self.checkpoint.exists():
             self.resume(seconds)
         self.steps = [self.prepare(kind, pictures, size) for kind in KINDS]
+        wait_for(self.out / "vae")
+        if start != out:
+            self.take_encoder()
+
+    def take_encoder(self) -> None:
+        """Use the trained text encoder in place of the one that the steps were captured with."""
+        wait_for(self.out / "text_encoder")
+        self.encoder.load_state_dict(load_text(self.out)[1].state_dict())
+        for conditioner in self.conditioners:
+            conditioner.refresh()
+        print("captions encoded", flush=True)
 
     def resume(self, seconds: float) -> None:
         """Go on from the last checkpoint."""
@@ -224,16 +378,16 @@ class Trainer:
 
     def prepare(self, kind: Kind, pictures: int, size: int) -> Step:
         """Draw the bank of a kind and build (on the GPU: compile, capture) its step."""
-        main = kind == KINDS[0]
-        count = (
-            pictures if main else max(8, pictures // 12 * 256 * 256 // (kind.width * kind.height))
-        )
-        bank = make_bank(
-            self.vae, self.tokenizer, kind, count, 4 if main else 2, 41 + KINDS.index(kind)
-        )
-        if main:
+        main = KINDS.index(kind) < MAIN
+        fewer = pictures // 16 * 256 * 256 // (kind.width * kind.height)
+        count = pictures if main else max(8, fewer)
+        captions = 4 if kind == KINDS[0] else 2
+        seed = 41 if main else 41 + KINDS.index(kind)
+        bank = make_bank(self.vae, self.tokenizer, kind, count, captions, seed)
+        if kind.tokens == TOKENS:
             embed_bank(bank, self.encoder)
         conditioner = Conditioner(bank, self.encoder, self.tokenizer, kind.tokens)
+        self.conditioners.append(conditioner)
         compiled = main and self.device.type == "cuda"
         model = torch.compile(self.model, dynamic=False) if compiled else self.model
         batch = max(2, int(size * kind.batch))
@@ -248,18 +402,22 @@ class Trainer:
         with torch.no_grad():
             torch._foreach_lerp_(self.ema, list(self.model.parameters()), EMA_RATE)
 
-    def run(self, rate: float) -> None:
+    def run(self, rate: float, edits: float) -> None:
         """Train until the time is spent, saving on the way and at the end."""
-        chooser, shares = random.Random(5), [kind.share for kind in KINDS]
-        total, counted, saved = torch.zeros((), device=self.device), 0, self.clock.spent
+        chooser, weights = random.Random(5), shares(edits)
+        totals, counts = torch.zeros(MAIN, device=self.device), [0] * MAIN
+        saved = self.clock.spent
         for progress in self.clock.ticks():
-            which = chooser.choices(range(len(KINDS)), shares)[0]
+            which = chooser.choices(range(len(KINDS)), weights)[0]
             value = self.steps[which](cosine(progress, rate))
-            if which == 0:
-                total, counted = total + value, counted + 1
-            if self.clock.step % 200 == 0 and counted:
-                report("flow", self.clock, loss=total.item() / counted)
-                total, counted = torch.zeros_like(total), 0
+            if which < MAIN:
+                totals[which] += value
+                counts[which] += 1
+            if self.clock.step % 200 == 0 and all(counts):
+                means = (totals / torch.tensor(counts, device=self.device)).tolist()
+                losses = zip(("loss", "one reference", "two references"), means, strict=True)
+                report("flow", self.clock, **dict(losses))
+                totals, counts = torch.zeros_like(totals), [0] * MAIN
             if self.clock.spent - saved > 90:
                 saved = self.clock.spent
                 self.save()
@@ -274,9 +432,10 @@ class Trainer:
         with torch.no_grad():
             for weight, mean in zip(averaged.parameters(), self.ema, strict=True):
                 weight.copy_(mean)
+        trained = self.out / "vae"
         parts = {
             "transformer": averaged,
-            "vae": copy.deepcopy(self.vae),
+            "vae": AutoencoderKLFlux2.from_pretrained(trained, dtype=torch.float32),
             "text_encoder": copy.deepcopy(self.encoder),
             "tokenizer": self.tokenizer,
         }
@@ -287,13 +446,17 @@ def main() -> None:
     """Make the banks, train, export."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="folder of the model to go on from")
     parser.add_argument("--seconds", type=float, default=840)
     parser.add_argument("--pictures", type=int, default=80_000)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--edits", type=float, default=0.4, help="share of steps with references")
     args = parser.parse_args()
     torch.manual_seed(3)
-    Trainer(args.out, args.seconds, args.pictures, args.batch).run(args.rate)
+    start = args.start or args.out
+    trainer = Trainer(args.out, start, args.seconds, args.pictures, args.batch)
+    trainer.run(args.rate, args.edits)
 
 
 if __name__ == "__main__":

@@ -13,18 +13,24 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
-from training.demos import CHARACTER, STYLE, demo_pictures
-from training.flow import Bank, Conditioner, embed_bank, flow_loss, pack, position_ids
+from training.demos import CHARACTER, SKETCH, STYLE, demo_pictures, demo_references
+from training.flow import SQUARE, Bank, Conditioner, all_position_ids, embed_bank, flow_loss, pack
 from training.model import tokenize
 from training.steps import Clock, Step, cosine, make_optimizer, pick_device, report
 from training.vae import encode
 
-RANK = 8
-TARGETS = (
+LINEARS = (
     r".*attn\.(to_q|to_k|to_v|add_q_proj|add_k_proj|add_v_proj|to_out\.0|to_add_out)"
     r"|.*(ff|ff_context)\.(linear_in|linear_out)"
     r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
 )
+SHAPES = {
+    CHARACTER: (8, LINEARS),
+    STYLE: (8, LINEARS),
+    SKETCH: (2, r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"),
+}
+"""The rank of each demo LoRA and the linears that it is put on."""
+
 DOUBLE = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -55,14 +61,15 @@ def file_modules(model: Flux2Transformer2DModel) -> dict[str, list[LoraLayer]]:
         for index in range(count):
             for name, paths in table.items():
                 layers = [model.get_submodule(f"{ours}.{index}.{path}") for path in paths]
-                found[f"diffusion_model.{theirs}.{index}.{name}"] = layers
+                if isinstance(layers[0], LoraLayer):
+                    found[f"diffusion_model.{theirs}.{index}.{name}"] = layers
     return found
 
 
-def add_lora(model: Flux2Transformer2DModel) -> dict[str, list[LoraLayer]]:
-    """Put a LoRA on every linear of the blocks; q, k and v share one A, as the fused file does."""
+def add_lora(model: Flux2Transformer2DModel, rank: int, linears: str) -> dict[str, list[LoraLayer]]:
+    """Put a LoRA on linears of the blocks; q, k and v share one A, as the fused file does."""
     model.requires_grad_(False)
-    model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=linears))
     modules = file_modules(model)
     for layers in modules.values():
         for layer in layers[1:]:
@@ -98,9 +105,13 @@ def make_bank(pipe: Flux2KleinPipeline, subject: str, count: int) -> Bank:
     """Draw and encode the subject, with captions."""
     device = pick_device()
     pictures, captions = demo_pictures(subject, count, 71, device)
-    latents = pack(encode(pipe.vae, (pictures * 255).round().byte().to(device)))
+    latents, *references = (
+        pack(encode(pipe.vae, (images * 255).round().byte().to(device))).to(torch.bfloat16)
+        for images in (pictures, *demo_references(subject, count, 71, device))
+    )
     ids, lengths = (part.to(device) for part in tokenize(pipe.tokenizer, captions))
-    bank = Bank(latents.to(torch.bfloat16), position_ids(16, 16, device), ids, lengths)
+    places = all_position_ids(SQUARE, (SQUARE,) * len(references), device)
+    bank = Bank(latents, places, ids, lengths, references=tuple(references))
     embed_bank(bank, pipe.text_encoder)
     return bank
 
@@ -109,7 +120,7 @@ def main() -> None:
     """Draw the subject, train a LoRA on it, export."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--subject", choices=(CHARACTER, STYLE), required=True)
+    parser.add_argument("--subject", choices=tuple(SHAPES), required=True)
     parser.add_argument("--seconds", type=float, default=70)
     parser.add_argument("--pictures", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=128)
@@ -122,7 +133,7 @@ def main() -> None:
     pipe.text_encoder.requires_grad_(False)
     bank = make_bank(pipe, args.subject, args.pictures)
     conditioner = Conditioner(bank, pipe.text_encoder, pipe.tokenizer)
-    modules = add_lora(pipe.transformer)
+    modules = add_lora(pipe.transformer, *SHAPES[args.subject])
     weights = [weight for weight in pipe.transformer.parameters() if weight.requires_grad]
     print(f"{len(modules)} modules, {sum(w.numel() for w in weights)} parameters", flush=True)
 

@@ -1,6 +1,7 @@
 """The parts of klein-nano, untrained: tokenizer, text encoder, VAE, transformer, scheduler."""
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -182,6 +183,14 @@ def embed(encoder: Qwen3ForCausalLM, ids: torch.Tensor, lengths: torch.Tensor) -
     )
     stack = torch.stack([output.hidden_states[layer] for layer in LAYERS], dim=2)
     return stack.flatten(2)
+
+
+def save_part(part: torch.nn.Module, folder: Path) -> None:
+    """Save a trained part so that a reader that waits for its folder never sees half of it."""
+    unfinished = folder.with_name(folder.name + ".part")
+    part.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
 
 
 def save_pipeline(parts: dict[str, torch.nn.Module | Qwen2Tokenizer], folder: Path) -> None:

@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -32,6 +33,12 @@ def make_optimizer(parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=fused, capturable=fused
     )
+
+
+@cache
+def _shared() -> tuple[tuple[int, int], torch.cuda.Stream]:
+    """Memory and warm-up stream of all graphs: they run one by one and keep only the loss."""
+    return torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
 
 class Step:
@@ -63,7 +70,7 @@ class Step:
         """Record the step with learning rate zero, so that warming up moves no weight."""
         for group in self.optimizer.param_groups:
             group["lr"].fill_(0)
-        side = torch.cuda.Stream()
+        pool, side = _shared()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
@@ -71,8 +78,9 @@ class Step:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=pool):
                 self.value = self._eager()
             self.graph = graph
         except RuntimeError as error:

@@ -1,6 +1,9 @@
 """The VAE: 8x smaller, 32 channels, trained on drawings.
 
 python -m training.vae --out runs/nano --seconds 150
+python -m training.vae --out runs/nano --start klein/nano/model --seconds 90
+
+With --start only the decoder goes on learning, so that every latent stays what it was.
 """
 
 import argparse
@@ -11,8 +14,8 @@ from diffusers import AutoencoderKLFlux2
 
 from training.attributes import Batch, part, sample
 from training.demos import CHARACTER, STYLE, demo_pictures
-from training.draw import draw
-from training.model import build_vae
+from training.draw import LOOKS, draw, pencil, with_looks
+from training.model import build_vae, save_part
 from training.sheet import save_sheet
 from training.steps import (
     Clock,
@@ -104,7 +107,7 @@ def train(
     """Train on uint8 pictures; keeps a checkpoint at `save` and goes on from one found there."""
     device = pictures.device
     vae.to(device, memory_format=torch.channels_last).train()
-    optimizer = make_optimizer(list(vae.parameters()))
+    optimizer = make_optimizer([weight for weight in vae.parameters() if weight.requires_grad])
     clock = Clock(seconds)
     if save.exists():
         state = torch.load(save, map_location=device, weights_only=True)
@@ -134,31 +137,52 @@ def train(
             save_atomically({**keep, "spent": clock.spent, "step": clock.step}, save)
 
 
+def training_pictures(count: int) -> torch.Tensor:
+    """Drawings, demo subjects, pencil drawings and the looks of second references, uint8."""
+    device = pick_device()
+    plain = draw_bank(sample(count, 31), 31)
+    bank, few = [plain], count // 12
+    for kind in (CHARACTER, STYLE):
+        extra, _ = demo_pictures(kind, few, 32, device)
+        bank.append((extra * 255).round().byte().to(device))
+    some = plain[:few].float() / 255
+    looks = torch.arange(few, device=device) % (len(LOOKS) - 1) + 1
+    bank += [(made * 255).round().byte() for made in (pencil(some), with_looks(some, looks))]
+    return torch.cat(bank)
+
+
 def main() -> None:
     """Draw, train, fill in the batch norm, measure, save."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="folder of the model whose decoder to train")
     parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--pictures", type=int, default=12_000)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=1.5e-3)
     args = parser.parse_args()
     torch.manual_seed(2)
-    device = pick_device()
-    bank = [draw_bank(sample(args.pictures, 31), 31)]
-    for kind in (CHARACTER, STYLE):
-        extra, _ = demo_pictures(kind, args.pictures // 12, 32, device)
-        bank.append((extra * 255).round().byte().to(device))
-    vae = build_vae()
-    train(vae, torch.cat(bank), args.seconds, args.batch, args.out / "checkpoints/vae.pt")
+    bank = training_pictures(args.pictures)
+    if args.start:
+        vae = AutoencoderKLFlux2.from_pretrained(args.start / "vae", dtype=torch.float32)
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    else:
+        vae = build_vae()
+    checkpoint = args.out / "checkpoints/vae.pt"
+    train(vae, bank, args.seconds, args.batch, checkpoint, args.rate)
     vae.eval().to(torch.bfloat16).to(torch.float32)
-    fill_statistics(vae, bank[0])
+    if not args.start:
+        fill_statistics(vae, bank[: args.pictures])
     test = draw_bank(sample(min(256, args.pictures), 999), 999)
     decibels, decoded = quality(vae, test)
     print(f"vae PSNR {decibels:.2f} dB on {len(test)} new drawings")
+    sketches = (pencil(test.float() / 255) * 255).round().byte().contiguous()
+    print(f"vae PSNR {quality(vae, sketches)[0]:.2f} dB on them as pencil drawings", flush=True)
     pairs = torch.cat([test[:8].float().cpu() / 255, decoded[:8].cpu()])
     save_sheet(pairs, args.out / "sheets/vae.png")
     vae.to("cpu", torch.bfloat16, memory_format=torch.contiguous_format)
-    vae.save_pretrained(args.out / "vae")
+    save_part(vae, args.out / "vae")
 
 
 if __name__ == "__main__":

@@ -368,4 +368,4 @@ class _Clock:
 
     def timings(self) -> Timings:
         total = self._laps["queue"] + time.perf_counter() - self._started
-        return Timings(**{k: round(s, 4) for k, s in (self._laps | {"total": total}).items()})
+        return Timings(**{k: round(s, 6) for k, s in (self._laps | {"total": total}).items()})

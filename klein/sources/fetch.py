@@ -4,14 +4,22 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpcore
 
 from klein.sources.address import Address, BadAddress, is_public
-from klein.sources.transport import UNWATCHED, Bounds, FetchFailed, GuardedNetwork, Watch, tls
+from klein.sources.transport import (
+    UNWATCHED,
+    Bounds,
+    FetchFailed,
+    GuardedNetwork,
+    Watch,
+    ignore_bytes,
+    tls,
+)
 
 MAX_BYTES = 4 * 1024**3
 """The largest file, wherever it comes from."""
@@ -19,7 +27,7 @@ MAX_JSON_BYTES = 2 * 1024**2
 MAX_SECONDS = 900.0
 """Of one exchange whose caller names no earlier deadline."""
 MAX_REDIRECTS = 5
-STEP_BYTES = 64 * 1024**2
+STEP_BYTES = 8 * 1024**2
 """What is reserved at a time for a file of untold size."""
 _ETAG = re.compile(r'"[\x21\x23-\x7e]{0,200}"')
 _RETRYABLE = frozenset({408, 425, 429})
@@ -75,12 +83,6 @@ class _Answer:
             return None, None
         return int(hit[1]) if hit[1] else None, int(hit[2]) if hit[2] != "*" else None
 
-    @property
-    def tag(self) -> str:
-        """The strong ETag, or nothing."""
-        told = self.headers.get("etag", "")
-        return told if _ETAG.fullmatch(told) else ""
-
 
 @dataclass(frozen=True, slots=True)
 class Fetcher:
@@ -90,7 +92,8 @@ class Fetcher:
 
     def json(self, url: str, headers: Mapping[str, str], watch: Watch = UNWATCHED) -> Any:
         """A small JSON document; raises FetchFailed."""
-        body = self.read(url, MAX_JSON_BYTES, watch, headers)
+        quiet = replace(watch, on_bytes=ignore_bytes)
+        body = self.read(url, MAX_JSON_BYTES, quiet, headers)
         try:
             return json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -175,7 +178,7 @@ class Fetcher:
             total = None if answer.length is None else have + answer.length
             check_size(answer.host, total or 0)
             reserve(total or STEP_BYTES)
-            part.with_suffix(".tag").write_text(answer.tag)
+            part.with_suffix(".tag").write_text(answer.headers.get("etag", ""))
             have = _write(answer, part, have, total, watch, reserve)
         if have != (total or have) or have != (offer.size or have):
             raise FetchFailed(
@@ -270,7 +273,8 @@ def _write(
 
 
 def _begun(part: Path) -> tuple[str, int]:
-    """The tag and the size of what an earlier attempt left; nothing without a tag."""
+    """The tag and the size of what an earlier attempt left; nothing without a strong tag that can
+    be sent back."""
     with suppress(OSError, ValueError):
         tag = part.with_suffix(".tag").read_text()
         if _ETAG.fullmatch(tag):

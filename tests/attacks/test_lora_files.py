@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def test_the_bytes_in_use_are_klein_s_own(tmp_path: Path) -> None:
         assert len(bytes(view)) == entry.end - entry.begin
 
 
-def _layer(parts: dict[str, tuple[int, ...]], name: str = LAYER) -> dict[str, loras.Array]:
+def _layer(parts: Mapping[str, tuple[int, ...]], name: str = LAYER) -> dict[str, loras.Array]:
     return {f"{name}.{part}": loras.random(shape, 1) for part, shape in parts.items()}
 
 
@@ -172,6 +173,13 @@ def test_a_hostile_header_is_refused_quickly(tmp_path: Path, header: bytes) -> N
         file.inspect(path, "x")
     assert time.process_time() - began < 1
     assert len(str(caught.value)) < 500
+
+
+def test_the_parts_of_a_header_are_counted_before_they_are_made(tmp_path: Path) -> None:
+    """8 MB of JSON can become hundreds of megabytes of objects."""
+    path = _raw(tmp_path / "x.safetensors", b"[" + b"{}," * 2_700_000 + b"{}]")
+    with pytest.raises(LoraError, match="too many parts"):
+        file.inspect(path, "x")
 
 
 @pytest.mark.parametrize(
@@ -280,13 +288,13 @@ def test_two_uploads_of_one_name(tmp_path: Path) -> None:
     folder.mkdir()
     library, both, said = LoraLibrary(folder), threading.Barrier(2), []
 
-    def chunks() -> list[bytes]:
+    def chunks() -> Iterator[bytes]:
         both.wait(5)
-        return [data]
+        yield data
 
     def add() -> None:
         try:
-            said.append(library.add("a.safetensors", (c for c in chunks()))["name"])
+            said.append(library.add("a.safetensors", chunks())["name"])
         except InvalidRequest as error:
             said.append("already" in str(error))
 

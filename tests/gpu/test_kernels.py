@@ -47,18 +47,16 @@ def angles(tokens: int, dim: int) -> tuple[Tensor, Tensor]:
 def plain(made: Tensor | fused.Rows) -> Tensor:
     """A product's input as float32, whatever form it is in."""
     if isinstance(made, fused.Rows):
-        return (made.values.float() * made.scale).unflatten(0, (made.batch, -1))
+        whole: Tensor = (made.values.float() * made.scale).unflatten(0, (made.batch, -1))
+        return whole
     return made.float()
 
 
 def on_kernels(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The result of klein.inference.acceleration.ops by its kernels, on whatever device."""
-    before = fused._kernels
-    fused._kernels = lambda _: kernels
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "_kernels", lambda _: kernels)
         return work(*args, **kwargs)
-    finally:
-        fused._kernels = before
 
 
 def in_torch(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -107,12 +105,13 @@ def test_joined_heads(width: int, heads: int, dim: int, middle: int) -> None:
     expected = [torch.empty(2, text + image, heads, dim) for _ in range(3)]
     rope = angles(text + image, dim)
     for offset, tokens in ((0, text), (text, image)):
-        qkv = tuple(random(2, tokens, heads * dim) for _ in range(3))
+        q, k, v = (random(2, tokens, heads * dim) for _ in range(3))
+        qkv = q, k, v
         norms = random(dim), random(dim)
         on_kernels(fused.join_heads, qkv, norms, rope, tuple(made), offset, 1e-6)
         in_torch(
             lambda qkv, norms, rope, offset: fused.join_heads(
-                qkv, norms, rope, tuple(expected), offset, 1e-6
+                qkv, norms, rope, (expected[0], expected[1], expected[2]), offset, 1e-6
             ),
             qkv,
             norms,

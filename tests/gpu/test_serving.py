@@ -47,7 +47,7 @@ def _gap(a: GenerationResult, b: GenerationResult) -> float:
 
 
 def _on_gpu(tmp: Path, **settings: str) -> KleinPipeline:
-    return load("nano", LORAS, KLEIN_KERNEL_CACHE=str(tmp), **settings)
+    return load("nano", LORAS, None, KLEIN_KERNEL_CACHE=str(tmp), **settings)
 
 
 @pytest.mark.parametrize(

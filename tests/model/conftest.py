@@ -18,7 +18,7 @@ from klein.request.resolve import resolve
 from klein.request.schema import parse
 from klein.settings import Settings
 from klein.sources.fetch import Fetcher
-from tests import tiny
+from tests.support import tiny
 
 Draw = Callable[..., GenerationResult]
 

@@ -2,21 +2,22 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline
 from safetensors.torch import save_file
 
 from klein.core import GenerationResult
 from klein.errors import LoraError
 from klein.inference.pipeline import KleinPipeline
-from tests import tiny
-from tests.model.conftest import Draw
-from tests.support import loras
+from klein.lora.file import LoraFile
+from tests.model.conftest import Draw, make_job
+from tests.model.stock import stock
+from tests.support import loras, tiny
 from tests.support.loras import Array
 
 SHAPES = loras.layers(tiny.HIDDEN)
@@ -67,7 +68,7 @@ def _lokr(full: bool) -> Made:
             w2, scale = a @ b, 2.0 / RANK
         tensors[f"{name}.lokr_w1"] = w1
         tensors[f"{name}.alpha"] = np.array(2.0, dtype=np.float32)
-        deltas[layer] = np.kron(w1, w2) * scale
+        deltas[layer] = (np.kron(w1, w2) * scale).astype(np.float32)
     return tensors, deltas, {}
 
 
@@ -80,7 +81,8 @@ def _loha() -> Made:
             tensors[f"{name}.hada_w{part // 2 + 1}_{'ab'[part % 2]}"] = made
             parts.append(made)
         tensors[f"{name}.alpha"] = np.array(1.0, dtype=np.float32)
-        deltas[layer] = (parts[0] @ parts[1]) * (parts[2] @ parts[3]) / RANK
+        change = (parts[0] @ parts[1]) * (parts[2] @ parts[3]) / RANK
+        deltas[layer] = change.astype(np.float32)
     return tensors, deltas, {}
 
 
@@ -139,14 +141,19 @@ def _modules(layer: str) -> tuple[str, ...]:
 
 def _reference(folder: Path, deltas: dict[str, Array], scale: float) -> Any:
     """The stock pipeline with scale · ΔW added to its weights."""
-    pipe = Flux2KleinPipeline.from_pretrained(folder, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = stock(folder)
     modules = dict(pipe.transformer.named_modules())
     for layer, delta in deltas.items():
         names = _modules(layer)
         for name, piece in zip(names, np.split(delta, len(names)), strict=True):
             modules[name].weight.data += scale * torch.from_numpy(piece)
     return pipe
+
+
+@pytest.fixture(scope="module")
+def over_klein(tiny_pipe: KleinPipeline, tiny_folder: Path) -> Any:
+    """diffusers' pipeline over the transformer that klein merges LoRAs into."""
+    return stock(tiny_folder, transformer=tiny_pipe.parts.transformer)
 
 
 def _latents(pipe: Any) -> torch.Tensor:
@@ -165,7 +172,7 @@ def _latents(pipe: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_is_its_delta(
-    name: str, tiny_pipe: KleinPipeline, tiny_folder: Path, lora_folder: Path, draw: Draw
+    name: str, over_klein: Any, tiny_folder: Path, lora_folder: Path, draw: Draw
 ) -> None:
     """Loaded through klein, the output is that of the weights with ΔW added, within 1e-4."""
     tensors, deltas, metadata = FORMATS[name]()
@@ -177,14 +184,14 @@ def test_every_format_is_its_delta(
     assert report.relative_change is not None
     assert report.relative_change > 0.001
     expected = _latents(_reference(tiny_folder, deltas, 0.7))
-    got = _latents(tiny_pipe._pipe)
+    got = _latents(over_klein)
     assert torch.allclose(got, expected, atol=1e-4)
     draw()
-    assert (_latents(tiny_pipe._pipe) - expected).abs().max() > 1e-2
+    assert (_latents(over_klein) - expected).abs().max() > 1e-2
 
 
 def test_dora_is_applied_truly(
-    tiny_pipe: KleinPipeline, tiny_folder: Path, lora_folder: Path, draw: Draw
+    over_klein: Any, tiny_folder: Path, lora_folder: Path, draw: Draw
 ) -> None:
     """W' = m · (W + ΔW) / |W + ΔW| by rows; diffusers would drop m with a warning."""
     tensors, deltas, _ = FORMATS["ai-toolkit"]()
@@ -193,7 +200,7 @@ def test_dora_is_applied_truly(
     for layer, delta in deltas.items():
         names = _modules(layer)
         weight = np.concatenate([modules[name].weight.detach().numpy() for name in names])
-        magnitude = np.abs(loras.random((len(weight),), 77)) + 0.5
+        magnitude = np.abs(loras.random((len(weight),), 77)) + np.float32(0.5)
         tensors[f"diffusion_model.{layer}.magnitude"] = magnitude
         merged = weight + delta
         merged = magnitude[:, None] * merged / np.linalg.norm(merged, axis=1, keepdims=True)
@@ -201,24 +208,24 @@ def test_dora_is_applied_truly(
             modules[name].weight.data = torch.from_numpy(piece)
     loras.write(lora_folder / "dora.safetensors", tensors)
     draw(loras=[{"path": "dora.safetensors"}], lora_error="fail")
-    assert torch.allclose(_latents(tiny_pipe._pipe), _latents(reference), atol=1e-4)
+    assert torch.allclose(_latents(over_klein), _latents(reference), atol=1e-4)
 
 
 def test_merging_is_what_peft_does(
-    tiny_pipe: KleinPipeline, tiny_folder: Path, lora_folder: Path, draw: Draw
+    over_klein: Any, tiny_folder: Path, lora_folder: Path, draw: Draw
 ) -> None:
     """diffusers' own loader, with PEFT's adapter layers, draws the same latents."""
     tensors, _, _ = FORMATS["ai-toolkit"]()
     path = loras.write(lora_folder / "peft.safetensors", tensors)
-    stock = _reference(tiny_folder, {}, 0)
-    stock.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="a")
-    stock.set_adapters(["a"], [0.6])
+    peft = _reference(tiny_folder, {}, 0)
+    peft.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="a")
+    peft.set_adapters(["a"], [0.6])
     draw(loras=[{"path": path.name, "scale": 0.6}], lora_error="fail")
-    assert torch.allclose(_latents(tiny_pipe._pipe), _latents(stock), atol=1e-4)
+    assert torch.allclose(_latents(over_klein), _latents(peft), atol=1e-4)
 
 
 def test_the_final_modulation_of_bfl_is_swapped(
-    tiny_pipe: KleinPipeline, tiny_folder: Path, lora_folder: Path, draw: Draw
+    over_klein: Any, tiny_folder: Path, lora_folder: Path, draw: Draw
 ) -> None:
     """BFL keeps shift before scale, diffusers scale before shift: rows change places."""
     h = tiny.HIDDEN
@@ -231,7 +238,7 @@ def test_the_final_modulation_of_bfl_is_swapped(
     swapped = np.concatenate([delta[h:], delta[:h]])
     reference.transformer.norm_out.linear.weight.data += torch.from_numpy(swapped)
     draw(loras=[{"path": path.name}], lora_error="fail")
-    assert torch.allclose(_latents(tiny_pipe._pipe), _latents(reference), atol=1e-4)
+    assert torch.allclose(_latents(over_klein), _latents(reference), atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +259,7 @@ def _bytes(result: GenerationResult) -> bytes:
 def test_nothing_ever_leaks(draw: Draw, two: tuple[str, str], tiny_pipe: KleinPipeline) -> None:
     """base → A → B → A+B → A → base: the same pictures and bit-identical weights each time."""
     draw()
-    weights = {k: v.clone() for k, v in tiny_pipe._pipe.transformer.state_dict().items()}
+    weights = {k: v.clone() for k, v in tiny_pipe.parts.transformer.state_dict().items()}
     a, b = ([{"path": path, "scale": 0.8}] for path in two)
     base, with_a, with_b, both = (_bytes(draw(loras=x)) for x in ([], a, b, a + b))
     assert len({base, with_a, with_b, both}) == 4
@@ -260,7 +267,7 @@ def test_nothing_ever_leaks(draw: Draw, two: tuple[str, str], tiny_pipe: KleinPi
     assert _bytes(draw(loras=b + a)) != with_a
     assert _bytes(draw(loras=a)) == with_a
     assert _bytes(draw()) == base
-    after = tiny_pipe._pipe.transformer.state_dict()
+    after = tiny_pipe.parts.transformer.state_dict()
     assert all(torch.equal(after[k], v) for k, v in weights.items())
 
 
@@ -328,25 +335,17 @@ def test_a_failing_lora_is_loud(draw: Draw, lora_folder: Path, two: tuple[str, s
 
 
 def test_an_interrupted_switch_heals(
-    draw: Draw, two: tuple[str, str], tiny_pipe: KleinPipeline, monkeypatch: pytest.MonkeyPatch
+    draw: Draw, two: tuple[str, str], tiny_pipe: KleinPipeline
 ) -> None:
     """Whatever stops a merge half-way, the next job starts from pristine weights."""
     base = _bytes(draw())
-    from klein.inference.adapters import merge as adapters
-
-    real, calls = adapters._product_norm, 0
-
-    def breaks(*args: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise RuntimeError("half-way")
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(adapters, "_product_norm", breaks)
-        with pytest.raises(RuntimeError, match="half-way"):
-            draw(loras=[{"path": two[0]}])
+    job = make_job(tiny_pipe, loras=[{"path": two[0]}])
+    (file,) = job.loras
+    assert isinstance(file, LoraFile)
+    first, second, third, *rest = file.patches
+    patches = (first, second, replace(third, tensors={}), *rest)
+    with pytest.raises(KeyError):
+        draw(replace(job, loras=(replace(file, patches=patches),)))
     assert _bytes(draw()) == base
 
 

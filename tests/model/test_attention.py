@@ -14,7 +14,7 @@ from klein.inference.acceleration import attention
 def flash_attn(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A flash-attn that takes any device."""
     module: Any = ModuleType("flash_attn")
-    module.flash_attn_func = attention._native
+    module.flash_attn_func = attention.BACKENDS["native"].attend
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     return module
 
@@ -28,9 +28,14 @@ def test_before_hopper_flash_attn_is_taken_if_it_runs(
     flash_attn: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is tried before it is believed; where it fails or lies klein still serves."""
-    tried = []
-    real = attention._try
-    monkeypatch.setattr(attention, "_try", lambda one, _: tried.append(one) or real(one, "cpu"))
+    tried: list[attention.Backend] = []
+    real = attention.prove
+
+    def prove(one: attention.Backend, _: str) -> None:
+        tried.append(one)
+        real(one, "cpu")
+
+    monkeypatch.setattr(attention, "prove", prove)
     assert attention.choose("auto", "cuda", (8, 6), fused=True).label == "flash-attn"
     flash_attn.flash_attn_func = lambda q, k, v: q * 0
     assert attention.choose("auto", "cuda", (8, 6), fused=True).label == "torch's own attention"
@@ -41,7 +46,7 @@ def test_before_hopper_flash_attn_is_taken_if_it_runs(
 
 def test_hopper_takes_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured the fastest there; flash-attn is not even tried."""
-    monkeypatch.setattr(attention, "_try", lambda *_: None)
+    monkeypatch.setattr(attention, "prove", lambda *_: None)
     assert attention.choose("auto", "cuda", (9, 0), fused=True).label == "cuDNN"
     assert attention.choose("auto", "cuda", (9, 0), fused=False).label == "torch's own attention"
 

@@ -3,13 +3,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline
 
-from klein import __main__ as cli
-from tests import tiny
+from klein.entrypoints.cli import main as cli
 from tests.model.conftest import Draw
+from tests.model.stock import stock
 from tests.model.test_adapters import FORMATS, SHAPES
-from tests.support import loras
+from tests.support import loras, tiny
 
 
 @pytest.mark.parametrize("name", ["ai-toolkit with alpha", "kohya", "LoHa", "LoKr decomposed"])
@@ -21,10 +20,9 @@ def test_a_converted_file_is_the_same_lora_elsewhere(
     source = loras.write(lora_folder / "source.safetensors", tensors)
     clean = tmp_path / "clean.safetensors"
     assert cli.main(["lora", "convert", str(source), str(clean)]) == 0
-    stock = Flux2KleinPipeline.from_pretrained(tiny_folder, dtype=torch.float32)
-    stock.set_progress_bar_config(disable=True)
-    stock.load_lora_weights(str(tmp_path), weight_name=clean.name, adapter_name="a")
-    theirs = stock(
+    diffusers = stock(tiny_folder)
+    diffusers.load_lora_weights(str(tmp_path), weight_name=clean.name, adapter_name="a")
+    expected = diffusers(
         prompt="a portrait",
         width=64,
         height=64,
@@ -33,8 +31,8 @@ def test_a_converted_file_is_the_same_lora_elsewhere(
         max_sequence_length=64,
         generator=torch.Generator("cpu").manual_seed(1),
     ).images[0]
-    ours = draw(loras=[{"path": source.name}], lora_error="fail").images[0].image
-    off = np.abs(np.asarray(ours, int) - np.asarray(theirs, int))
+    made = draw(loras=[{"path": source.name}], lora_error="fail").images[0].image
+    off = np.abs(np.asarray(made, int) - np.asarray(expected, int))
     assert off.max() <= 2
 
 
@@ -63,9 +61,9 @@ def test_lora_commands(
     source = loras.write(tmp_path / "made.safetensors", tensors, metadata)
     assert cli.main(["lora", "add", str(source), "--name", "anna.safetensors"]) == 0
     assert cli.main(["lora", "list"]) == 0
-    shown = capsys.readouterr().out
-    assert "anna.safetensors: ai-toolkit, rank 4, for another model (width 32)" in shown
-    assert "trigger zib" in shown
+    printed = capsys.readouterr().out
+    assert "anna.safetensors: ai-toolkit, rank 4, for another model (width 32)" in printed
+    assert "trigger zib" in printed
     assert cli.main(["lora", "inspect", str(source)]) == 0
     assert '"trigger_words": [\n    "zib"' in capsys.readouterr().out
     assert cli.main(["lora", "remove", "anna.safetensors"]) == 0

@@ -237,11 +237,11 @@ def test_a_start_that_cannot_succeed_ends_with_one_sentence(
         text=True,
         timeout=60,
     )
-    shown = run.stdout + run.stderr
+    printed = run.stdout + run.stderr
     assert run.returncode != 0
-    assert f"klein cannot start: {'' if 'folder' not in says else 'MODEL_ID: '}" in shown
-    assert says in shown
-    assert "Traceback" not in shown
+    assert f"klein cannot start: {'' if 'folder' not in says else 'MODEL_ID: '}" in printed
+    assert says in printed
+    assert "Traceback" not in printed
 
 
 def test_ctrl_c_ends_the_command_line(home: Path, tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, Qwen3ForCausalLM
 
-from klein.inference.loading import modules as loading
+from klein.inference.loading import modules, reader
 from klein.models.identify import NANO_FOLDER
-from tests import tiny
+from tests.support import tiny
 
 CUDA = pytest.param(
     "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -76,8 +76,8 @@ def stock(part: str, folder: Path, dtype: torch.dtype, device: str = "cpu") -> A
 
 def load(part: str, folder: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
     if part == "text_encoder":
-        return loading.text_encoder(folder / part, encoder_config(folder), device, dtype)
-    return getattr(loading, part)(folder / part, device, dtype)
+        return modules.text_encoder(folder / part, encoder_config(folder), device, dtype)
+    return getattr(modules, part)(folder / part, device, dtype)
 
 
 def settings(model: Any) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def test_a_part_is_from_pretraineds_bit_for_bit(
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("part", ["text_encoder", "transformer", "vae"])
 def test_nano_is_from_pretraineds_bit_for_bit(part: str, dtype: torch.dtype) -> None:
-    """The trained model that klein carries: bfloat16 files, read as they are and as float32."""
+    """The trained model that comes with klein: bfloat16 files, read as they are and as float32."""
     nano = NANO_FOLDER / "model"
     assert_same(tensors(load(part, nano, dtype)), tensors(stock(part, nano, dtype)))
 
@@ -141,7 +141,7 @@ def test_the_states_that_are_read_are_stock(folder: Path) -> None:
 
 def test_the_end_of_the_text_encoder_is_not_read() -> None:
     """Neither the head, which is a model's largest tensor, nor the last norm and later layers."""
-    wanted = loading._layers_below(9)
+    wanted = modules.layers_below(9)
     assert wanted("model.embed_tokens.weight")
     assert wanted("model.layers.8.input_layernorm.weight")
     assert not wanted("model.layers.9.input_layernorm.weight")
@@ -154,7 +154,7 @@ def test_the_callers_config_is_left_alone(folder: Path) -> None:
     """The same config serves twice, for two types of numbers."""
     config = encoder_config(folder)
     before = copy.deepcopy(config.to_dict())
-    loading.text_encoder(folder / "text_encoder", config, "cpu", BF16)
+    modules.text_encoder(folder / "text_encoder", config, "cpu", BF16)
     assert config.to_dict() == before
 
 
@@ -163,7 +163,7 @@ def test_the_callers_config_is_left_alone(folder: Path) -> None:
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:
     """A safetensors file with the tensors in the order given: the library would align them."""
-    names = {value: key for key, value in loading.DTYPES.items()}
+    names = {value: key for key, value in reader.DTYPES.items()}
     header, begin = {}, 0
     for name, tensor in tensors.items():
         end = begin + tensor.numel() * tensor.itemsize
@@ -185,7 +185,7 @@ def odd_tensors() -> dict[str, Tensor]:
     return {
         f"{name}{shape}": (torch.randn(shape) * 9).to(dtype)
         for shape in shapes
-        for name, dtype in sorted(loading.DTYPES.items())
+        for name, dtype in sorted(reader.DTYPES.items())
     }
 
 
@@ -200,10 +200,10 @@ def test_any_mix_of_types_and_sizes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Floating point becomes the type asked for, all else stays; wherever the chunks end."""
-    monkeypatch.setattr(loading, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(reader, "CHUNK_BYTES", chunk)
     given = odd_tensors()
     write(tmp_path / "model.safetensors", given)
-    made = loading.read(tmp_path, device, dtype, everything)
+    made = reader.read(tmp_path, device, dtype, everything)
     assert all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in made.values())
     assert_same(
         {name: tensor.cpu() for name, tensor in made.items()},
@@ -245,20 +245,25 @@ def late(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Reading goes as it does to a GPU, whose copies come late; the buffers made are listed."""
     stream = LateStream()
     made: list[int] = []
-    land = loading._Piece.land
+    land = reader.Piece.land
 
     def later(piece: Any, raw: Tensor) -> None:
-        stream.queue.submit(lambda: (time.sleep(0.0005), land(piece, raw.clone())))
+        def late() -> None:
+            time.sleep(0.0005)
+            land(piece, raw.clone())
+
+        stream.queue.submit(late)
 
     def buffer() -> tuple[Tensor, LateEvent]:
-        made.append(loading.CHUNK_BYTES)
-        return torch.empty(loading.CHUNK_BYTES, dtype=torch.uint8), LateEvent(stream)
+        made.append(reader.CHUNK_BYTES)
+        return torch.empty(reader.CHUNK_BYTES, dtype=torch.uint8), LateEvent(stream)
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(loading._Piece, "land", later)
-    monkeypatch.setattr(loading, "_new_buffer", buffer)
+    monkeypatch.setattr(reader.Piece, "land", later)
+    monkeypatch.setattr(reader, "new_buffer", buffer)
+    monkeypatch.setattr(reader, "mover", lambda device: reader.Staging(device).move)
     return made
 
 
@@ -266,33 +271,28 @@ def test_a_buffer_is_not_filled_before_it_is_emptied(
     tmp_path: Path, late: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However late the device takes its copies; and when reading ends they are all there."""
-    monkeypatch.setattr(loading, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(reader, "CHUNK_BYTES", 64)
     given = {f"{i}": torch.randn(11 + i % 7).to((F32, BF16)[i % 2]) for i in range(300)}
     write(tmp_path / "model.safetensors", given)
-    made = stage(tmp_path / "model.safetensors")
+    made = stage(tmp_path)
     assert_same(made, {name: tensor.to(BF16) for name, tensor in given.items()})
-    assert 1 <= len(late) <= loading.BUFFERS
+    assert 1 <= len(late) <= reader.BUFFERS
 
 
 def test_a_read_that_fails_ends_the_others(
     tmp_path: Path, late: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A buffer goes back whatever happens: nobody waits for it for ever."""
-    monkeypatch.setattr(loading, "CHUNK_BYTES", 8)
+    monkeypatch.setattr(reader, "CHUNK_BYTES", 8)
     monkeypatch.setattr(os, "preadv", lambda *_: 0)
     write(tmp_path / "model.safetensors", {"a": torch.randn(1000)})
     with pytest.raises(ValueError, match="it ends at byte"):
-        stage(tmp_path / "model.safetensors")
+        stage(tmp_path)
 
 
-def stage(path: Path) -> dict[str, Tensor]:
-    """`path` read into bfloat16 through buffers, as `read` does for a GPU."""
-    with path.open("rb") as file:
-        entries = loading._header(file, path)
-        made = {entry.name: torch.empty(entry.shape, dtype=BF16) for entry in entries}
-        chunks = loading._chunks(file.fileno(), path, entries, made)
-        loading._Staging(torch.device("cpu")).move(chunks)
-    return made
+def stage(folder: Path) -> dict[str, Tensor]:
+    """The tensors in `folder` as bfloat16, read through buffers as for a GPU."""
+    return reader.read(folder, "cpu", BF16, everything)
 
 
 def test_chunks_are_large_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +300,7 @@ def test_chunks_are_large_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     given = {f"{i}": torch.full((10,), i, dtype=F32) for i in range(100)}
     write(tmp_path / "model.safetensors", given)
     reads = record(monkeypatch)
-    made = loading.read(tmp_path, "cpu", F32, lambda name: name not in ("0", "50"))
+    made = reader.read(tmp_path, "cpu", F32, lambda name: name not in ("0", "50"))
     assert len(reads) == 2
     assert sum(reads) == 98 * 40
     assert made.keys() == given.keys() - {"0", "50"}
@@ -327,7 +327,7 @@ def test_short_reads_go_on(most: int, tmp_path: Path, monkeypatch: pytest.Monkey
     given = {"a": torch.randn(5), "b": torch.randn(1), "c": torch.randn(40).to(BF16)}
     write(tmp_path / "model.safetensors", given)
     record(monkeypatch, most)
-    made = loading.read(tmp_path, "cpu", F32, everything)
+    made = reader.read(tmp_path, "cpu", F32, everything)
     assert_same(made, {name: tensor.to(F32) for name, tensor in given.items()})
 
 
@@ -336,7 +336,7 @@ def test_only_shards_with_something_wanted_are_opened(tmp_path: Path) -> None:
     save_file({"a": torch.ones(3), "b": torch.zeros(3)}, tmp_path / "model-1-of-2.safetensors")
     shards = {"a": "model-1-of-2.safetensors", "b": "model-1-of-2.safetensors", "c": "gone"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    made = loading.read(tmp_path, "cpu", BF16, lambda name: name == "a")
+    made = reader.read(tmp_path, "cpu", BF16, lambda name: name == "a")
     assert_same(made, {"a": torch.ones(3, dtype=BF16)})
 
 
@@ -344,7 +344,7 @@ def test_files_can_be_named(tmp_path: Path) -> None:
     """Instead of a folder, files of any name."""
     save_file({"a": torch.ones(3)}, tmp_path / "x.safetensors")
     save_file({"b": torch.ones(1)}, tmp_path / "y.safetensors")
-    made = loading.read(sorted(tmp_path.iterdir()), "cpu", F32, everything)
+    made = reader.read(sorted(tmp_path.iterdir()), "cpu", F32, everything)
     assert made.keys() == {"a", "b"}
 
 
@@ -386,7 +386,7 @@ def test_damaged_files_are_named(content: bytes, tmp_path: Path) -> None:
     """Before a tensor is read, with the way out, and without where on this machine they are."""
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="download it again") as caught:
-        loading.read(tmp_path, "cpu", F32, everything)
+        reader.read(tmp_path, "cpu", F32, everything)
     assert f"{tmp_path.name}/model.safetensors is cut off or damaged" in str(caught.value)
     assert str(tmp_path) not in str(caught.value)
 
@@ -397,9 +397,9 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(
     """The end of the file is an error, not zeros and not a loop; the other reads stop."""
     write(tmp_path / "model.safetensors", {"a": torch.randn(1000)})
     monkeypatch.setattr(os, "preadv", lambda *_: 0)
-    monkeypatch.setattr(loading, "CHUNK_BYTES", 8)
+    monkeypatch.setattr(reader, "CHUNK_BYTES", 8)
     with pytest.raises(ValueError, match=r"model\.safetensors is cut off or damaged: it ends at"):
-        loading.read(tmp_path, "cpu", F32, everything)
+        reader.read(tmp_path, "cpu", F32, everything)
 
 
 @pytest.mark.parametrize(
@@ -409,13 +409,13 @@ def test_a_damaged_index_is_named(index: str, tmp_path: Path) -> None:
     """It is a file to download again like the others."""
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is cut off or damaged"):
-        loading.read(tmp_path, "cpu", F32, everything)
+        reader.read(tmp_path, "cpu", F32, everything)
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
     """Names the folder, and what to do."""
     with pytest.raises(ValueError, match=r"no safetensors weights in .* download the model again"):
-        loading.read(tmp_path, "cpu", F32, everything)
+        reader.read(tmp_path, "cpu", F32, everything)
 
 
 @pytest.fixture
@@ -438,27 +438,27 @@ def test_missing_tensors_are_named(altered: Callable[..., Path]) -> None:
     """A model is never run with weights that nobody wrote."""
     folder = altered(lambda weights: weights.pop("proj_out.weight"))
     with pytest.raises(ValueError, match=r"lack 1 tensors, proj_out\.weight among them"):
-        loading.transformer(folder, "cpu", F32)
+        modules.transformer(folder, "cpu", F32)
 
 
 def test_other_tensors_are_let_go(altered: Callable[..., Path]) -> None:
     """As from_pretrained does."""
     folder = altered(lambda weights: weights.update(more=torch.ones(1)))
-    assert "more" not in dict(loading.transformer(folder, "cpu", F32).state_dict())
+    assert "more" not in dict(modules.transformer(folder, "cpu", F32).state_dict())
 
 
 def test_other_shapes_are_refused(altered: Callable[..., Path]) -> None:
     """The weights of another model are an error, with the tensor's name."""
     folder = altered(lambda weights: weights.update({"proj_out.weight": torch.ones(3, 3)}))
     with pytest.raises(RuntimeError, match=r"size mismatch for proj_out\.weight"):
-        loading.transformer(folder, "cpu", F32)
+        modules.transformer(folder, "cpu", F32)
 
 
 def test_quantised_weights_are_refused(altered: Callable[..., Path]) -> None:
     """Their numbers mean nothing without what unpacks them."""
     folder = altered(len, quantization_config={"quant_method": "bitsandbytes"})
     with pytest.raises(ValueError, match=re.escape("use the model's bfloat16 weights")):
-        loading.transformer(folder, "cpu", F32)
+        modules.transformer(folder, "cpu", F32)
 
 
 def test_statistics_may_lack_their_counter(pipe: Flux2KleinPipeline, tmp_path: Path) -> None:
@@ -468,8 +468,8 @@ def test_statistics_may_lack_their_counter(pipe: Flux2KleinPipeline, tmp_path: P
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     del weights["bn.num_batches_tracked"]
     save_file(weights, file)
-    assert torch.equal(loading.vae(tmp_path, "cpu", F32).bn.running_var, pipe.vae.bn.running_var)
+    assert torch.equal(modules.vae(tmp_path, "cpu", F32).bn.running_var, pipe.vae.bn.running_var)
     del weights["bn.running_var"]
     save_file(weights, file)
     with pytest.raises(ValueError, match=r"bn\.running_var"):
-        loading.vae(tmp_path, "cpu", F32)
+        modules.vae(tmp_path, "cpu", F32)

@@ -9,9 +9,9 @@ from klein.core import GenerationResult, Progress
 from klein.errors import Cancelled, DeadlineExceeded, ModelUnavailable, OutOfMemory
 from klein.inference.pipeline import KleinPipeline
 from klein.models import schedule
-from tests import tiny
 from tests.model.conftest import Draw, context_of, drawer, load, make_job
 from tests.model.stock import stock
+from tests.support import tiny
 
 
 def _same(a: GenerationResult, b: GenerationResult) -> bool:
@@ -154,7 +154,7 @@ def test_timings_cover_the_job(draw: Draw) -> None:
     """Every stage is there and they add up to the total."""
     timings = asdict(draw(num_images=2).timings)
     total = timings.pop("total")
-    assert set(timings) == {"queue", "lora", "text", "denoise", "decode"}
+    assert set(timings) == {"queue", "lora", "text", "encode", "denoise", "decode"}
     assert all(seconds > 0 for seconds in timings.values())
     assert sum(timings.values()) == pytest.approx(total, abs=0.2)
 

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import torch
 
-from klein.inference.adapters.merge import LoraMerger, Wanted
+from klein.inference.adapters.merge import AdapterRequest, LoraMerger
 from klein.inference.pipeline import KleinPipeline
 from klein.lora import file
-from tests import tiny
 from tests.model.conftest import load
-from tests.support import loras
+from tests.model.stock import stock
+from tests.support import loras, tiny
 
 COUNT = 20
 
 
-def _twenty(folder: Path) -> list[Wanted]:
+def _twenty(folder: Path) -> list[AdapterRequest]:
     """Different ranks, half of them on half of the layers."""
     shapes = loras.layers(tiny.HIDDEN)
     made = []
@@ -31,7 +31,7 @@ def _twenty(folder: Path) -> list[Wanted]:
         some = dict(list(shapes.items())[:: 1 + number % 2])
         tensors, metadata = loras.ai_toolkit(some, rank=2 + number, seed=100 * number)
         path = loras.write(folder / f"{number}.safetensors", tensors, metadata)
-        made.append(Wanted(path.name, file.inspect(path, path.name), 0.5 + number / 20))
+        made.append(AdapterRequest(path.name, file.inspect(path, path.name), 0.5 + number / 20))
     return made
 
 
@@ -49,22 +49,22 @@ def _equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def switch(pipe: KleinPipeline, folder: Path, switches: int) -> dict[str, float]:
     """Switch at random among base, single LoRAs and pairs; returns what it cost."""
-    transformer = pipe._pipe.transformer
-    merger, wanted = LoraMerger(transformer, pipe.info.spec), _twenty(folder)
+    transformer = pipe.parts.transformer
+    merger, requests = LoraMerger(transformer, pipe.info.spec), _twenty(folder)
 
     def weights() -> dict[str, torch.Tensor]:
         return {name: weight.clone() for name, weight in transformer.state_dict().items()}
 
     merger.apply([])
-    expected = {(): weights()}
-    for number, one in enumerate(wanted):
+    expected: dict[tuple[int, ...], dict[str, torch.Tensor]] = {(): weights()}
+    for number, one in enumerate(requests):
         merger.apply([one])
         expected[(number,)] = weights()
     before, seconds, pick = _tensors(), [], random.Random(1)
     for _ in range(switches):
         chosen = tuple(pick.sample(range(COUNT), pick.choice((0, 1, 1, 1, 2))))
         started = time.perf_counter()
-        merger.apply([wanted[i] for i in chosen])
+        merger.apply([requests[i] for i in chosen])
         seconds.append(time.perf_counter() - started)
         if chosen in expected:
             assert _equal(weights(), expected[chosen])
@@ -83,7 +83,7 @@ def test_many_switches_among_twenty(tiny_folder: Path, tmp_path: Path) -> None:
 def test_switching_never_recompiles(tiny_folder: Path, tmp_path: Path) -> None:
     """The compiled blocks read their weights where they lie; only the numbers change."""
     pipe = load(tiny_folder)
-    transformer, graphs = pipe._pipe.transformer, 0
+    transformer, graphs = pipe.parts.transformer, 0
 
     def counting(module: torch.fx.GraphModule, _: list[torch.Tensor]) -> object:
         nonlocal graphs
@@ -92,11 +92,12 @@ def test_switching_never_recompiles(tiny_folder: Path, tmp_path: Path) -> None:
 
     torch._dynamo.reset()
     transformer.compile_repeated_blocks(backend=counting, fullgraph=True)
-    merger, wanted = LoraMerger(transformer, pipe.info.spec), _twenty(tmp_path)
+    merger, requests = LoraMerger(transformer, pipe.info.spec), _twenty(tmp_path)
+
+    over_klein = stock(tiny_folder, transformer=transformer)
 
     def forward() -> torch.Tensor:
-        pipe._pipe.scheduler.set_begin_index(0)
-        out = pipe._pipe(
+        out = over_klein(
             prompt="x",
             width=64,
             height=64,
@@ -111,7 +112,7 @@ def test_switching_never_recompiles(tiny_folder: Path, tmp_path: Path) -> None:
     compiled = graphs
     assert compiled > 0
     for chosen in ([0], [5], [], [3, 7], [3]):
-        merger.apply([wanted[i] for i in chosen])
+        merger.apply([requests[i] for i in chosen])
         changed = not torch.equal(forward(), base)
         assert changed == bool(chosen)
     assert graphs == compiled

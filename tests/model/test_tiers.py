@@ -11,20 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from klein.core import GenerationResult
+from klein.core import Delivery, GenerationResult
 from klein.errors import ModelUnavailable
-from klein.inference.acceleration import attention
-from klein.inference.acceleration import ops as fused
+from klein.inference.acceleration import attention, ops
 from klein.inference.acceleration import vae as decoder
 from klein.inference.acceleration.transformer import FusedForward, block_linears
-from klein.inference.denoise import Sampler
-from klein.inference.offload import Shuttle
+from klein.inference.denoise import Embeddings, Run, Step, Tokens, denoise
+from klein.inference.offload import ModelOffloader
 from klein.inference.pipeline import KleinPipeline
-from klein.models.speed import THRIFT, Thrift
-from klein.output import response as render
-from tests import tiny
-from tests.model.conftest import drawer, load
-from tests.support import loras
+from klein.models.samplers import SAMPLERS
+from klein.models.speed import STEP_SKIPPING, StepSkipping
+from klein.output import response
+from tests.model.conftest import drawer, load, planned, with_loras
+from tests.support import loras, tiny
 
 ZIBBO = {"path": "zibbo.safetensors", "scale": 1.0}
 LORAS = Path("klein/nano/loras")
@@ -62,23 +61,26 @@ REQUESTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", REQUESTS)
 def test_pictures_against_eager(tier: KleinPipeline, eager: KleinPipeline, name: str) -> None:
     """exact is within 2 of 255 in every pixel; the others' difference is printed and bounded."""
-    values = {"prompt": "a woman with a green hat", "num_inference_steps": 8, **REQUESTS[name]}
-    mine, theirs = drawer(tier)(**values), drawer(eager)(**values)
-    worst, mean = _worst_and_mean(mine, theirs)
+    steps = SAMPLERS["euler"].skips_from if tier.info.speed == "turbo" else 8
+    values = {"prompt": "a woman with a green hat", "num_inference_steps": steps, **REQUESTS[name]}
+    made, expected = drawer(tier)(**values), drawer(eager)(**values)
+    worst, mean = _worst_and_mean(made, expected)
     print(f"{tier.info.speed}, {name}: {mean:.2f} of 255, at most {worst}")
     if tier.info.speed == "exact":
         assert worst <= 2
-        assert mine.forwards == theirs.forwards
+        assert made.forwards == expected.forwards
     else:
         assert 0 < mean < 20
     if tier.info.speed == "turbo":
         images, branches = values.get("num_images", 1), 1 if name == "unguided" else 2
-        assert mine.forwards == THRIFT.computed(8) * branches * images < theirs.forwards
+        computed = STEP_SKIPPING.computed(steps) * branches * images
+        assert made.forwards == computed < expected.forwards
 
 
 def test_the_result_names_the_tier(tier: KleinPipeline) -> None:
     """Nobody has to guess how a picture was made."""
-    answer = render.to_json(drawer(tier)(prompt="a man", num_inference_steps=2), None)
+    result = drawer(tier)(prompt="a man", num_inference_steps=2)
+    answer = response.to_json(result, Delivery("png", 95, "base64"))
     assert answer["model"]["speed"] == tier.info.speed
     assert "fused" in answer["model"]["speed_options"]
 
@@ -97,32 +99,39 @@ def test_base_lora_base_is_bit_identical(tier: KleinPipeline) -> None:
     assert report.relative_change
 
 
-def test_thrift_alone_costs_little() -> None:
-    """A quantity that moves along a straight line is carried on exactly; half the work is left."""
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+def test_a_line_is_extrapolated_exactly(scale: float, batched: bool) -> None:
+    """Velocities that lie on a line over the noise levels, with three of eight steps skipped."""
     calls: list[float] = []
 
     def forward(timestep: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
         calls.append(float(timestep))
-        branches = len(encoder_hidden_states)
-        return (torch.stack([(1 + i) * timestep[0] + i for i in range(branches)])[:, None],)
+        branch = encoder_hidden_states[:, :1, :1]
+        return ((1 + branch) * timestep + branch,)
 
-    sampler = Sampler(forward, paired=True, thrift=Thrift(first=2, every=3))
-    sampler.begin(8, torch.zeros(1, 1, 1))
-    for sigma in (1.0, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3, 0.1):
-        given = {"timestep": torch.tensor([sigma]), "encoder_hidden_states": torch.ones(1, 1, 1)}
-        assert float(sampler(**given)[0]) == pytest.approx(sigma, abs=1e-6)
-        assert float(sampler(**given)[0]) == pytest.approx(2 * sigma + 1, abs=1e-6)
-    assert calls == pytest.approx([1.0, 0.95, 0.9, 0.5, 0.1])
-    assert sampler.forwards == 10 == sampler.expected(8)
+    sigmas = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3, 0.1, 0.0)
+    skipping = StepSkipping(first=2, every=3)
+    run = Run(sigmas, SAMPLERS["euler"], scale, batched_cfg=batched, skipping=skipping)
+    text = Embeddings(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
+    steps: list[Step] = []
+    denoise(forward, run, text, Tokens(torch.zeros(1, 1, 1), torch.zeros(1, 1, 4)), steps.append)
+    for sigma, step in zip(sigmas, steps, strict=False):
+        positive, negative = sigma, 2 * sigma + 1
+        guided = negative + scale * (positive - negative)
+        assert float(step.velocity) == pytest.approx(guided, abs=1e-5)
+    assert len(steps) == run.steps == 8
+    assert calls[:: 1 if batched else 2] == pytest.approx([1.0, 0.95, 0.9, 0.5, 0.1])
+    assert len(calls) == run.computed * (1 if batched else 2)
+    assert run.computed == 5
 
 
 @pytest.mark.parametrize("folder", ["tiny", "nano"])
 @torch.inference_mode()
 def test_the_forward_is_diffusers(folder: str, tiny_folder: Path) -> None:
     """For one text, for two, and for two that share one image."""
-    pipe = load(tiny_folder if folder == "tiny" else "nano")._pipe
-    model = pipe.transformer
-    stock, mine = type(model).forward, FusedForward(model, attention.BACKENDS["native"].attend)
+    model = load(tiny_folder if folder == "tiny" else "nano").parts.transformer
+    fused = FusedForward(model, attention.BACKENDS["native"].attend)
     torch.manual_seed(0)
     ids = torch.cartesian_prod(*(torch.arange(n) for n in (1, 6, 4, 1)))[None]
     texts = torch.cartesian_prod(*(torch.arange(n) for n in (1, 1, 1, 16)))[None]
@@ -134,16 +143,16 @@ def test_the_forward_is_diffusers(folder: str, tiny_folder: Path) -> None:
             "img_ids": ids,
             "txt_ids": texts,
         }
-        made = mine(**given)[0]
+        made = fused(**given)[0]
         given["hidden_states"] = given["hidden_states"].expand(branches, -1, -1)
-        expected = stock(model, **given, return_dict=False)[0]
+        expected = model(**given, return_dict=False)[0]
         assert (made - expected).norm() / expected.norm() < 1e-5
 
 
 @torch.inference_mode()
 def test_the_decoder_is_diffusers() -> None:
     """Channels last, norm and activation together, also in tiles."""
-    vae = load("nano")._pipe.vae
+    vae = load("nano").parts.vae
     latents = torch.randn(1, 32, 8, 6)
     expected = vae.decode(latents, return_dict=False)[0]
     decoder.fuse(vae)
@@ -155,8 +164,8 @@ def test_float8_keeps_what_it_can() -> None:
     """Each weight is within float8's half step of its output's scale."""
     layer = torch.nn.Linear(64, 32, bias=False)
     weight = torch.randn(32, 64) * torch.logspace(-3, 3, 32)[:, None]
-    fused.quantise_weight(layer, weight)
-    values, scale = fused._copy_of(layer)
+    ops.quantise_weight(layer, weight)
+    values, scale = layer.get_buffer("float8"), layer.get_buffer("float8_scale")
     kept = values.float() * scale.t()
     assert ((kept - weight).abs() <= weight.abs() / 16 + scale.t() * 2**-9).all()
 
@@ -164,7 +173,7 @@ def test_float8_keeps_what_it_can() -> None:
 def test_originals_of_float8_stay_where_they_are() -> None:
     """LoRAs are merged from them, so nothing may be rounded twice."""
     pipe = load("nano", LORAS, KLEIN_SPEED="fast")
-    layers = block_linears(pipe._pipe.transformer)
+    layers = block_linears(pipe.parts.transformer)
     before = {name: layer.weight.clone() for name, layer in layers.items()}
     drawer(pipe)(prompt="a portrait", num_inference_steps=1, loras=[ZIBBO])
     assert all(torch.equal(layers[name].weight, weight) for name, weight in before.items())
@@ -174,14 +183,13 @@ def test_model_offload_moves_and_forgets(tiny_folder: Path, tmp_path: Path) -> N
     """Pictures are the same as without it, with LoRAs and after them, whatever had to leave."""
     shapes = loras.layers(tiny.HIDDEN)
     loras.write(tmp_path / "a.safetensors", *loras.ai_toolkit(shapes))
-    resident, moved = load(tiny_folder, tmp_path), load(tiny_folder, tmp_path)
-    pipe = moved._pipe
-    shuttle = Shuttle("cpu", pipe.text_encoder, pipe.transformer)
-    originals = shuttle.originals(pipe.transformer)
+    resident = load(tiny_folder, tmp_path)
+    parts = load(tiny_folder).parts
+    offloader = ModelOffloader("cpu", parts.text_encoder, parts.transformer)
+    originals = offloader.originals(parts.transformer)
     kept = {name: weight.clone() for name, weight in originals.items()}
-    offloaded = KleinPipeline(
-        pipe, moved._plan, moved._settings, moved._library, moved._sampler, "", shuttle
-    )
+    pipe = KleinPipeline(parts, *planned(tiny_folder), "", offloader)
+    offloaded = with_loras(pipe, tmp_path)
     jobs: list[dict[str, Any]] = [
         {"prompt": "one"},
         {"prompt": "two", "loras": [{"path": "a.safetensors", "scale": 0.8}]},

@@ -11,7 +11,7 @@ from klein import __version__
 from klein.app.generator import Generator
 from klein.app.jobs import JobRegistry
 from klein.app.webhooks import Webhooks
-from klein.entrypoints.http import catalog, errors, generate, jobs, loras
+from klein.entrypoints.http import catalog, errors, generate, jobs, loras, playground
 from klein.entrypoints.http.auth import RequireKey, read_keys
 from klein.entrypoints.http.limits import MB, LimitRequests
 from klein.entrypoints.http.openai import routes as openai
@@ -26,8 +26,8 @@ def create_app() -> FastAPI:
     app = FastAPI(
         title="klein", version=__version__, docs_url=None, redoc_url=None, lifespan=_lifespan
     )
-    for router in (generate.router, openai.router, jobs.router, catalog.router, loras.router):
-        app.include_router(router)
+    for room in (generate, openai, jobs, catalog, loras, playground):
+        app.include_router(room.router)
     errors.install(app)
     app.state.generator = None
     app.state.jobs = None

@@ -15,6 +15,8 @@ from klein.settings import Settings
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/healthz", "/ping", "/ui"})
 """What probes and browsers ask before they can have a key."""
+OPEN_FOLDER = "/ui/"
+"""The files of the page, which asks for the key."""
 UPLOADS = "uploads"
 MIN_KEY = 16
 """Characters of a key at least."""
@@ -81,7 +83,7 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request through, or answer it."""
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and not _is_open(scope["path"]):
             try:
                 scope.setdefault("state", {})["caller"] = self._caller(scope)
             except KleinError as error:
@@ -111,6 +113,10 @@ class RequireKey:
                 "send one of this server's keys as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
             )
         return found[0]
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
 
 
 def _foreign_origin(headers: Headers) -> bool:

@@ -61,6 +61,7 @@ async def capabilities(request: Request) -> dict[str, Any]:
             "most_aspect": sizes.MAX_ASPECT,
             "loras": MAX_LORAS,
         },
+        "lora_uploads": generator.settings.lora_uploads if generator else None,
         "jobs": _jobs(generator) if generator else None,
         "request": GenerateRequest.model_json_schema(),
         "queue": asdict(generator.engine.stats()) if generator else None,

@@ -57,7 +57,7 @@ def choose(wanted: str, device: str, capability: Capability, *, fused: bool) -> 
     """
     if wanted != "auto":
         try:
-            _try(BACKENDS[wanted], device)
+            prove(BACKENDS[wanted], device)
         except Exception as error:  # whatever a library built for another machine raises
             raise ModelUnavailable(
                 f"KLEIN_ATTENTION={wanted} cannot be used here ({type(error).__name__}: "
@@ -67,7 +67,7 @@ def choose(wanted: str, device: str, capability: Capability, *, fused: bool) -> 
         return BACKENDS[wanted]
     for name in _order(capability, fused) if device == "cuda" else ():
         try:
-            _try(BACKENDS[name], device)
+            prove(BACKENDS[name], device)
         except ModuleNotFoundError:
             continue
         except Exception as error:
@@ -83,7 +83,8 @@ def _order(capability: Capability, fused: bool) -> tuple[str, ...]:
     return ("flash",)
 
 
-def _try(backend: Backend, device: str) -> None:
+def prove(backend: Backend, device: str) -> None:
+    """Raise, whatever it is, if the backend does not run on `device` or its answers are wrong."""
     kind = torch.bfloat16 if device == "cuda" else torch.float32
     probe = torch.randn(1, 64, 2, 128, device=device, dtype=kind)
     made = backend.attend(probe, probe, probe).float()

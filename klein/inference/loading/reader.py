@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO
@@ -66,7 +67,7 @@ def read(
     """
     device = exact(device)
     tensors: dict[str, Tensor] = {}
-    chunks: list[_Chunk] = []
+    chunks: list[Chunk] = []
     with ExitStack() as opened:
         for path in _files(source, wanted):
             file = opened.enter_context(path.open("rb"))
@@ -78,11 +79,13 @@ def read(
                 kind = dtype if stored.is_floating_point else stored
                 tensors[entry.name] = torch.empty(entry.shape, dtype=kind, device=device)
             chunks += _chunks(file.fileno(), path, entries, tensors)
-        if device.type == "cuda":
-            _Staging(device).move(chunks)
-        else:
-            _each(_straight, chunks)
+        mover(device)(chunks)
     return tensors
+
+
+def mover(device: torch.device) -> "Callable[[list[Chunk]], None]":
+    """What brings chunks to their tensors on `device`; they are there when it returns."""
+    return Staging(device).move if device.type == "cuda" else partial(_each, _straight)
 
 
 def exact(device: Device) -> torch.device:
@@ -128,7 +131,7 @@ def _damaged(path: Path, why: str) -> ValueError:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class Piece:
     """Neighbouring elements of a destination tensor, shape (n,), and the type its file has."""
 
     into: Tensor
@@ -141,6 +144,7 @@ class _Piece:
 
     @property
     def as_is(self) -> bool:
+        """Whether the tensor has the file's type."""
         return self.dtype == self.into.dtype
 
     def land(self, raw: Tensor) -> None:
@@ -153,13 +157,13 @@ class _Piece:
 
 
 @dataclass(slots=True)
-class _Chunk:
+class Chunk:
     """Pieces that lie side by side in an open file, from byte `offset` on."""
 
     fd: int
     path: Path
     offset: int
-    pieces: list[_Piece] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
     size: int = 0
 
     def takes(self, offset: int, item: int) -> bool:
@@ -170,7 +174,8 @@ class _Chunk:
             and len(self.pieces) < MAX_PIECES
         )
 
-    def add(self, piece: _Piece) -> None:
+    def add(self, piece: Piece) -> None:
+        """Put `piece` at the end."""
         self.pieces.append(piece)
         self.size += piece.size
 
@@ -191,9 +196,9 @@ class _Chunk:
 
 def _chunks(
     fd: int, path: Path, entries: Iterable[Entry], tensors: dict[str, Tensor]
-) -> list[_Chunk]:
+) -> list[Chunk]:
     """`entries`, in file order, in chunks of up to CHUNK_BYTES; none is cut within an element."""
-    chunks: list[_Chunk] = []
+    chunks: list[Chunk] = []
     for entry in entries:
         flat = tensors[entry.name].view(-1)
         dtype = DTYPES[entry.dtype]
@@ -202,21 +207,21 @@ def _chunks(
         while done < flat.numel():
             offset = entry.begin + done * item
             if not chunks or not chunks[-1].takes(offset, item):
-                chunks.append(_Chunk(fd, path, offset))
+                chunks.append(Chunk(fd, path, offset))
             count = min(flat.numel() - done, (CHUNK_BYTES - chunks[-1].size) // item)
-            chunks[-1].add(_Piece(flat[done : done + count], dtype))
+            chunks[-1].add(Piece(flat[done : done + count], dtype))
             done += count
     return chunks
 
 
-def _each(move: Callable[[_Chunk], None], chunks: list[_Chunk]) -> None:
+def _each(move: Callable[[Chunk], None], chunks: list[Chunk]) -> None:
     """Move every chunk, THREADS at a time; the first error stops the rest."""
     with ThreadPoolExecutor(THREADS, thread_name_prefix="klein-read") as pool:
         for _ in pool.map(move, chunks):
             pass
 
 
-def _straight(chunk: _Chunk) -> None:
+def _straight(chunk: Chunk) -> None:
     """Read a chunk into main memory where it belongs; beside it, what changes its type."""
     raws = [
         piece.into.view(torch.uint8) if piece.as_is else torch.empty(piece.size, dtype=torch.uint8)
@@ -228,7 +233,7 @@ def _straight(chunk: _Chunk) -> None:
             piece.land(raw)
 
 
-class _Staging:
+class Staging:
     """Page-locked buffers between the files and a GPU, and the stream that empties them."""
 
     def __init__(self, device: torch.device) -> None:
@@ -237,7 +242,7 @@ class _Staging:
         for _ in range(BUFFERS):
             self._buffers.put(None)
 
-    def move(self, chunks: list[_Chunk]) -> None:
+    def move(self, chunks: list[Chunk]) -> None:
         """Bring `chunks` to the device; they are there when this returns."""
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         try:
@@ -245,11 +250,11 @@ class _Staging:
         finally:
             self._stream.synchronize()
 
-    def _carry(self, chunk: _Chunk) -> None:
+    def _carry(self, chunk: Chunk) -> None:
         with torch.cuda.stream(self._stream):
             buffer = self._buffers.get()
             try:
-                buffer = buffer or _new_buffer()
+                buffer = buffer or new_buffer()
                 host, emptied = buffer
                 emptied.synchronize()
                 filled = host[: chunk.size]
@@ -262,7 +267,7 @@ class _Staging:
                 self._buffers.put(buffer)
 
 
-def _new_buffer() -> tuple[Tensor, torch.cuda.Event]:
+def new_buffer() -> tuple[Tensor, torch.cuda.Event]:
     """A page-locked chunk, and the event that says when its last copy is done."""
     host = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
     return host, torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -1,0 +1,429 @@
+// The page: connects to klein, draws, and hands images from one part to the next.
+
+import { ApiError, ask, follow, get, images, key, post } from "./api.js";
+import { compare } from "./compare.js";
+import * as details from "./details.js";
+import { $, button, dialog, download, h, readAsDataUrl, say, toast } from "./dom.js";
+import { Edit, dataUrl } from "./edit.js";
+import { Form } from "./form.js";
+import { Gallery } from "./gallery.js";
+import { Loras } from "./loras.js";
+import { settingsOf, textOf } from "./metadata.js";
+import * as stage from "./stage.js";
+import { Sweep, strip } from "./sweep.js";
+
+const POLL = 2000;
+const JOB = "klein-job";
+const EXAMPLES = {
+  nano: [
+    "a smiling woman with red hair, green eyes and a blue hat, on a yellow background",
+    "portrait of a man with spiky green hair, sunglasses and a purple hoodie, pink background with dots",
+    "a laughing girl with a brown ponytail, freckles and a white scarf, on a blue background with rays",
+  ],
+  other: [
+    "portrait of a woman with freckles in the light of a window, 85mm photograph",
+    "a lighthouse on a cliff in a storm, wide cinematic photograph",
+    "a ceramic teapot shaped like a fox on a wooden table, soft daylight",
+  ],
+};
+
+let routes = [];
+let capabilities = null;
+let running = null; // { id, canceled } of the job that is drawn
+let shown = null; // the image that is open
+let parts = null; // set once every part of the page exists
+
+const changed = () => parts && refresh();
+const form = new Form(changed);
+const loras = new Loras(changed);
+const edit = new Edit(changed);
+const gallery = new Gallery({ open: (row) => open([row], 0), compare: sideBySide });
+const sweep = new Sweep({ read: checked, start: drawStrip });
+parts = { form, loras, edit };
+
+/** Words and offers that depend on more than one part. */
+function refresh() {
+  const chosen = loras.read();
+  sweep.refresh({ loras: chosen, init_image: edit.init });
+  const fromImage = edit.init !== null || edit.images.length > 0;
+  if (form.fromImage !== fromImage) {
+    form.fromImage = fromImage;
+    form.tell();
+  }
+  const prompt = $("prompt").value.toLowerCase();
+  const missing = loras.words().filter((word) => !prompt.includes(word.toLowerCase()));
+  $("triggers").replaceChildren(
+    ...missing.map((word) => button(word, () => useWord(word), { glyph: "plus", class: "chip", title: "Put this trigger word into the prompt" })),
+  );
+}
+
+function useWord(word) {
+  const prompt = $("prompt").value.trim();
+  $("prompt").value = prompt ? `${word}, ${prompt}` : word;
+  $("prompt").focus();
+  refresh();
+}
+
+function read() {
+  const chosen = loras.read();
+  return { ...form.read(), ...(chosen.length ? { loras: chosen } : {}), ...edit.read() };
+}
+
+/** The request, or null after saying what it lacks. */
+function checked() {
+  if (!$("prompt").value.trim()) {
+    toast("Say what to draw first.", "bad");
+    $("prompt").focus();
+    return null;
+  }
+  const fault = edit.fault();
+  if (fault) {
+    $("edit").open = true;
+    toast(fault, "bad");
+    return null;
+  }
+  return read();
+}
+
+async function fill(input) {
+  form.fill(input);
+  loras.fill(input.loras);
+  await edit.fill(input);
+}
+
+// -- drawing ------------------------------------------------------------------------------------
+
+function sizeOf(input) {
+  const { width, height } = input;
+  return width && height ? [width, height] : form.presetSize();
+}
+
+/** Draw a request to its end; returns the rows of its images. Throws ApiError. */
+async function draw(input, view, label) {
+  const job = await post("jobs", { input });
+  return finish(job.id, input, view, label);
+}
+
+async function finish(id, input, view, label) {
+  running = { id };
+  sessionStorage.setItem(JOB, JSON.stringify({ id, input: slim(input) }));
+  try {
+    const job = await follow(id, view.on);
+    if (job.status === "canceled") throw new ApiError("canceled", "You cancelled it.");
+    if (job.status !== "succeeded") throw new ApiError(job.error.code, job.error.message, job.error);
+    return await rowsOf(job, input, label);
+  } finally {
+    sessionStorage.removeItem(JOB);
+    running = null;
+  }
+}
+
+/** A request without its pictures, which are too much for a note. */
+const slim = (input) => (JSON.stringify(input).length < 100000 ? input : { prompt: input.prompt });
+
+async function rowsOf(job, input, label) {
+  const { parameters, loras: reports, warnings, timings, model } = job.output;
+  return (await images(job)).map(({ blob, seed, width, height, unchanged_pixels }, n) => ({
+    id: `${job.id}-${n}`,
+    time: Date.now(),
+    blob, input, label, seed, width, height, unchanged_pixels, parameters, warnings, timings,
+    loras: reports,
+    model: { name: model.name, speed: model.speed },
+  }));
+}
+
+function busy(on) {
+  $("draw").hidden = on;
+  $("cancel").hidden = !on;
+  $("cancel").disabled = false;
+  sweep.go.disabled = on;
+  $("stage").setAttribute("aria-busy", String(on));
+  document.title = on ? "drawing … klein" : "klein";
+}
+
+/** Run `work` with the page busy, and show how it failed if it does. */
+async function whileBusy(work, again) {
+  busy(true);
+  try {
+    await work();
+  } catch (error) {
+    explain(error, again);
+  } finally {
+    busy(false);
+  }
+}
+
+function drawOnce() {
+  const input = checked();
+  if (!input || running || $("draw").hidden) return;
+  whileBusy(() => show(input, (view) => draw(input, view)), drawOnce);
+}
+
+async function show(input, work) {
+  const view = stage.watch(...sizeOf(input));
+  stage.show(view.element);
+  details.show(null);
+  if (matchMedia("(max-width: 900px)").matches) $("stage").scrollIntoView({ block: "start" });
+  const rows = await work(view);
+  form.drawn(rows[0].seed);
+  await gallery.add(rows);
+  open(rows, 0);
+  say(`Drawn in ${rows[0].timings.total.toFixed(1)} seconds, seed ${rows[0].seed}.`, true);
+}
+
+function drawStrip(runs) {
+  if (running || $("draw").hidden) return;
+  whileBusy(async () => {
+    const row = strip(runs, sizeOf(runs[0].input), (each) => open([each], 0));
+    details.show(null);
+    for (const [n, { input, label }] of runs.entries()) {
+      const [drawn] = await draw(input, row.views[n], label);
+      row.done(n, drawn);
+      form.drawn(drawn.seed);
+      await gallery.add([drawn]);
+    }
+    say(`The strip of ${runs.length} is drawn.`, true);
+  }, () => drawStrip(runs));
+}
+
+async function cancel() {
+  if (!running) return;
+  $("cancel").disabled = true;
+  await post(`jobs/${running.id}/cancel`, {}).catch((error) => error.status === 409 || toast(error.message, "bad"));
+}
+
+/** [title, what to do] of each error that has more to say than its message. */
+const WAYS_OUT = {
+  canceled: ["Cancelled", "Nothing was kept of it."],
+  queue_full: ["The queue is full", "Others are drawing: try again in a moment."],
+  not_ready: ["klein is not ready", "The model is still loading."],
+  offline: ["klein does not answer", "Check that it runs and that you are online; your settings stay here."],
+  unauthorized: ["This server wants a key", "Ask whoever runs it, then enter the key here."],
+};
+
+function explain(error, again) {
+  if (!(error instanceof ApiError)) throw error;
+  const [title, way] = WAYS_OUT[error.code] || ["That did not work", null];
+  const retry = again ? [button("Try again", again, { class: "primary" })] : [];
+  if (error.code === "unauthorized") askForKey(error.message);
+  if (error.code === "offline" || error.code === "not_ready") connect();
+  const wait = error.retryAfter ? ` klein suggests ${error.retryAfter} s.` : "";
+  stage.failure(title, (way || error.message) + wait, ...retry);
+}
+
+// -- images -------------------------------------------------------------------------------------
+
+function open(rows, n) {
+  shown = rows[n];
+  stage.result(rows, n, { select: (at) => open(rows, at), actions: (row) => actionsOf(row, rows) });
+  details.show(shown, routes);
+  gallery.mark(shown);
+}
+
+function actionsOf(row) {
+  return [
+    ["Download", "download", () => download(row.blob, stage.fileName(row))],
+    ["Edit this", "brush", () => useAs("init", row.blob)],
+    ["As reference", "image", () => useAs("reference", row.blob)],
+    ["Use settings", "reuse", () => fill({ ...row.input, seed: row.seed, num_images: undefined }).then(() => toast("Its settings are in the form"))],
+    ...(gallery.rows.length > 1 ? [["Compare with …", "compare", () => gallery.pick(row)]] : []),
+    [null, "trash", () => discard(row), "Delete from the gallery"],
+  ];
+}
+
+async function discard(row) {
+  await gallery.remove(row);
+  const [next] = gallery.rows;
+  if (next) open([next], 0);
+  else welcome();
+}
+
+async function useAs(kind, blob) {
+  await edit.guard(async () => {
+    const url = await dataUrl(blob);
+    if (kind === "init") await edit.start(url);
+    else edit.reference(url);
+    $("edit").open = true;
+    $("edit").scrollIntoView({ block: "start" });
+    $("edit").querySelector("summary").focus({ preventScroll: true });
+  });
+}
+
+function sideBySide(a, b) {
+  details.show(null);
+  compare(a, b, { back: () => open([a], 0), swap: () => sideBySide(b, a) });
+}
+
+/** An image that was dropped or pasted: its settings, or itself. */
+async function take(file) {
+  let found = null;
+  try {
+    const text = await textOf(file);
+    found = text && settingsOf(text);
+  } catch {
+    // damaged parameters are no parameters
+  }
+  const act = (work) => () => (box.close(), work());
+  const told = found
+    ? `${found.own ? "klein" : "Another program"} drew it: “${found.input.prompt.slice(0, 160)}”`
+    : "It has no settings inside.";
+  const lack = found?.missing.length ? h("p", { class: "help" }, `Not in the file: ${found.missing.join(", ")}.`) : null;
+  const box = dialog(
+    "An image",
+    h("img", { src: await readAsDataUrl(file), alt: "", class: "offered" }),
+    h("p", {}, told),
+    lack,
+    h("div", { class: "row wrap" },
+      found ? button("Use its settings", act(() => fill(found.input)), { class: "primary", glyph: "reuse" }) : null,
+      button("Edit it", act(() => useAs("init", file)), { glyph: "brush" }),
+      button("As reference", act(() => useAs("reference", file)), { glyph: "image" })),
+  );
+}
+
+const imageIn = (list) => [...(list || [])].find((file) => file.type.startsWith("image/"));
+
+function listenForImages() {
+  const zone = $("dropzone");
+  let depth = 0;
+  const over = (by) => {
+    depth = by === 0 ? 0 : Math.max(0, depth + by);
+    zone.hidden = depth === 0;
+  };
+  addEventListener("dragenter", (event) => event.dataTransfer?.types.includes("Files") && over(1));
+  addEventListener("dragleave", (event) => event.dataTransfer?.types.includes("Files") && over(-1));
+  addEventListener("dragover", (event) => event.preventDefault());
+  addEventListener("klein-dropped", () => over(0));
+  addEventListener("drop", (event) => {
+    event.preventDefault();
+    over(0);
+    const file = imageIn(event.dataTransfer?.files);
+    if (file) take(file);
+  });
+  addEventListener("paste", (event) => {
+    const file = imageIn(event.clipboardData?.files);
+    if (!file) return;
+    event.preventDefault();
+    take(file);
+  });
+}
+
+// -- the connection -----------------------------------------------------------------------------
+
+function banner(text, ...actions) {
+  $("banner").hidden = !text;
+  $("banner").replaceChildren(text, ...actions);
+}
+
+let connecting = null;
+
+/** Wait until klein is ready and take its tables; only one such wait at a time. */
+function connect() {
+  connecting ??= untilReady().finally(() => (connecting = null));
+  return connecting;
+}
+
+async function untilReady() {
+  for (;;) {
+    try {
+      await ask("readyz");
+      await takeTables();
+      return banner("");
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error;
+      if (error.code === "unauthorized") {
+        $("model").textContent = "a key is needed";
+        banner("This server wants a key.", button("Enter it", () => askForKey(), { class: "small" }));
+        return askForKey(key.get() ? "That key is not one of this server’s." : "");
+      }
+      $("model").textContent = error.code === "offline" ? "offline" : "loading";
+      banner(error.code === "offline" ? "klein does not answer. This page goes on trying." : "The model is loading; this page goes on by itself.");
+      await new Promise((done) => setTimeout(done, POLL));
+    }
+  }
+}
+
+async function takeTables() {
+  const [told, presets, found, openapi] = await Promise.all(["capabilities", "presets", "loras", "openapi.json"].map(get));
+  capabilities = told;
+  routes = Object.keys(openapi.paths);
+  form.connect(told, presets);
+  loras.connect(told, found.loras);
+  edit.connect(told);
+  const { model } = told;
+  $("model").replaceChildren(
+    ...(model
+      ? [h("strong", {}, model.name), ` ${model.speed} on ${model.device}`, h("span", { class: "license" }, ` · ${model.license}`)]
+      : ["ready"]),
+  );
+  $("model").title = model?.speed_why || "";
+  refresh();
+  if (!shown && !running && !$("draw").hidden) welcome();
+}
+
+function welcome() {
+  shown = null;
+  details.show(null);
+  const examples = EXAMPLES[capabilities?.model?.name] || EXAMPLES.other;
+  stage.empty(examples, (text) => {
+    $("prompt").value = text;
+    refresh();
+    drawOnce();
+  });
+}
+
+function askForKey(why = "") {
+  if (document.querySelector("dialog[open]")) return;
+  const input = h("input", { id: "key", type: "password", autocomplete: "current-password", value: key.get() });
+  const remember = h("input", { type: "checkbox", id: "remember" });
+  const save = (event) => {
+    event.preventDefault();
+    key.set(input.value.trim(), remember.checked);
+    box.close();
+    connect();
+  };
+  const box = dialog(
+    "Key",
+    h("form", { onsubmit: save },
+      why ? h("p", { class: "bad-text", role: "alert" }, why) : null,
+      h("div", { class: "field" }, h("label", { for: "key" }, "Key of this server"), input,
+        h("p", { class: "help" }, "From KLEIN_API_KEYS; it is sent to this server only.")),
+      h("label", { class: "check" }, remember, "Remember it in this browser"),
+      h("div", { class: "row" }, h("button", { type: "submit", class: "primary" }, "Use it"))),
+  );
+  input.focus();
+}
+
+/** After a reload, go on watching the job that was under way. */
+async function resume() {
+  const note = JSON.parse(sessionStorage.getItem(JOB) || "null");
+  if (!note) return;
+  whileBusy(() => show(note.input, (view) => finish(note.id, note.input, view)));
+}
+
+function toggleTheme() {
+  const dark = getComputedStyle(document.documentElement).getPropertyValue("--is-dark").trim() === "1";
+  document.documentElement.dataset.theme = dark ? "light" : "dark";
+  localStorage.setItem("klein-theme", document.documentElement.dataset.theme);
+}
+
+$("controls").addEventListener("submit", (event) => {
+  event.preventDefault();
+  drawOnce();
+});
+$("cancel").addEventListener("click", cancel);
+$("key-button").addEventListener("click", () => askForKey());
+$("theme-button").addEventListener("click", toggleTheme);
+addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    drawOnce();
+  } else if (event.key === "Escape" && running && !document.querySelector("dialog[open]")) {
+    cancel();
+  }
+});
+addEventListener("online", connect);
+addEventListener("offline", connect);
+listenForImages();
+await gallery.load();
+await connect();
+await resume();

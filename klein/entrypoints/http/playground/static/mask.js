@@ -1,0 +1,179 @@
+// A mask painted over an image: brush, eraser, invert, clear, undo; mouse, pen, touch or keys.
+
+import { button, h } from "./dom.js";
+
+const PAINT = "#14b8a6";
+
+export class Mask {
+  constructor(image, onchange) {
+    this.onchange = onchange;
+    this.width = image.naturalWidth;
+    this.height = image.naturalHeight;
+    this.size = Math.round(Math.min(this.width, this.height) / 6);
+    this.erasing = false;
+    this.steps = [];
+    this.cursor = [this.width / 2, this.height / 2];
+    this.canvas = h("canvas", {
+      width: this.width, height: this.height, tabindex: 0, role: "application",
+      "aria-label": "Mask: arrow keys move, space paints",
+    });
+    this.context = this.canvas.getContext("2d");
+    this.pointer = h("i", { class: "brush", hidden: true });
+    this.element = h(
+      "div",
+      { class: "mask" },
+      this.tools(),
+      h("div", { class: "over-image" }, image, this.canvas, this.pointer),
+    );
+    this.listen();
+  }
+
+  get empty() {
+    return !this.context.getImageData(0, 0, this.width, this.height).data.some((value, n) => n % 4 === 3 && value > 127);
+  }
+
+  tools() {
+    const mode = (erasing) => {
+      this.erasing = erasing;
+      brush.setAttribute("aria-pressed", String(!erasing));
+      eraser.setAttribute("aria-pressed", String(erasing));
+    };
+    const brush = button("", () => mode(false), { glyph: "brush", label: "Brush", "aria-pressed": "true" });
+    const eraser = button("", () => mode(true), { glyph: "eraser", label: "Eraser", "aria-pressed": "false" });
+    const size = h("input", {
+      type: "range", min: 2, max: Math.round(Math.min(this.width, this.height) / 2), value: this.size,
+      "aria-label": "Brush size", oninput: (event) => (this.size = Number(event.target.value)),
+    });
+    return h(
+      "div",
+      { class: "row tools", role: "toolbar", "aria-label": "Mask tools" },
+      brush,
+      eraser,
+      size,
+      button("", () => this.do({ kind: "invert" }), { glyph: "invert", label: "Invert the mask" }),
+      button("", () => this.undo(), { glyph: "undo", label: "Undo" }),
+      button("", () => this.do({ kind: "clear" }), { glyph: "trash", label: "Clear the mask" }),
+    );
+  }
+
+  listen() {
+    const { canvas } = this;
+    const at = (event) => {
+      const box = canvas.getBoundingClientRect();
+      return [((event.clientX - box.left) * this.width) / box.width, ((event.clientY - box.top) * this.height) / box.height];
+    };
+    canvas.addEventListener("pointerdown", (event) => {
+      event.preventDefault();
+      canvas.focus({ preventScroll: true });
+      canvas.setPointerCapture(event.pointerId);
+      this.do({ kind: "stroke", size: this.size, erasing: this.erasing, points: [at(event)] });
+      this.stroke = this.steps.at(-1);
+    });
+    canvas.addEventListener("pointermove", (event) => {
+      this.show(at(event));
+      if (!this.stroke) return;
+      this.stroke.points.push(at(event));
+      this.draw({ ...this.stroke, points: this.stroke.points.slice(-2) });
+    });
+    canvas.addEventListener("pointerup", () => ((this.stroke = null), this.onchange()));
+    canvas.addEventListener("pointerleave", () => (this.pointer.hidden = true));
+    canvas.addEventListener("blur", () => (this.pointer.hidden = true));
+    canvas.addEventListener("keydown", (event) => this.onKey(event));
+  }
+
+  onKey(event) {
+    const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+    if (event.key in moves) {
+      const by = Math.max(2, this.size / 3);
+      const [x, y] = moves[event.key];
+      this.cursor = [
+        Math.min(this.width, Math.max(0, this.cursor[0] + x * by)),
+        Math.min(this.height, Math.max(0, this.cursor[1] + y * by)),
+      ];
+      this.show(this.cursor);
+    } else if (event.key === " " || (event.key === "Enter" && !event.ctrlKey && !event.metaKey)) {
+      this.do({ kind: "stroke", size: this.size, erasing: this.erasing, points: [this.cursor] });
+    } else if (event.key === "z" && (event.ctrlKey || event.metaKey)) {
+      this.undo();
+    } else {
+      return;
+    }
+    event.preventDefault();
+  }
+
+  show([x, y]) {
+    const scale = this.canvas.clientWidth / this.width;
+    const { style } = this.pointer;
+    this.pointer.hidden = false;
+    style.width = style.height = `${this.size * scale}px`;
+    style.left = `${x * scale}px`;
+    style.top = `${y * scale}px`;
+  }
+
+  do(step) {
+    this.steps.push(step);
+    this.draw(step);
+    this.onchange();
+  }
+
+  undo() {
+    if (!this.steps.pop()) return;
+    this.context.clearRect(0, 0, this.width, this.height);
+    for (const step of this.steps) this.draw(step);
+    this.onchange();
+  }
+
+  draw(step) {
+    const { context } = this;
+    context.save();
+    context.fillStyle = context.strokeStyle = PAINT;
+    if (step.kind === "clear") context.clearRect(0, 0, this.width, this.height);
+    if (step.kind === "image") context.drawImage(step.image, 0, 0);
+    if (step.kind === "invert") {
+      context.globalCompositeOperation = "source-out";
+      context.fillRect(0, 0, this.width, this.height);
+    }
+    if (step.kind === "stroke") this.line(step);
+    context.restore();
+  }
+
+  line({ points, size, erasing }) {
+    const { context } = this;
+    context.globalCompositeOperation = erasing ? "destination-out" : "source-over";
+    context.lineWidth = size;
+    context.lineCap = context.lineJoin = "round";
+    context.beginPath();
+    context.moveTo(...points[0]);
+    for (const point of points.length > 1 ? points.slice(1) : points) context.lineTo(...point);
+    context.stroke();
+  }
+
+  /** The mask as a data URI: white is repainted. */
+  url() {
+    const out = h("canvas", { width: this.width, height: this.height });
+    const context = out.getContext("2d");
+    context.drawImage(this.canvas, 0, 0);
+    context.globalCompositeOperation = "source-in";
+    context.fillStyle = "#fff";
+    context.fillRect(0, 0, this.width, this.height);
+    context.globalCompositeOperation = "destination-over";
+    context.fillStyle = "#000";
+    context.fillRect(0, 0, this.width, this.height);
+    return out.toDataURL("image/png");
+  }
+
+  /** Take a mask that `url` made. */
+  async load(url) {
+    const image = h("img", { src: url });
+    await image.decode();
+    const layer = h("canvas", { width: this.width, height: this.height });
+    const context = layer.getContext("2d");
+    context.drawImage(image, 0, 0, this.width, this.height);
+    const pixels = context.getImageData(0, 0, this.width, this.height);
+    for (let at = 0; at < pixels.data.length; at += 4) {
+      pixels.data.set([0x14, 0xb8, 0xa6, pixels.data[at]], at);
+    }
+    context.putImageData(pixels, 0, 0);
+    this.do({ kind: "image", image: layer });
+  }
+}

@@ -1,0 +1,113 @@
+"""What is not finite is an error that names its cause, never an image."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from klein.core import GenerationResult
+from klein.errors import InternalError, LoraError
+from tests.model.conftest import Draw, drawer, load
+from tests.support import loras, tiny
+from tests.support.loras import Array
+
+LAYER = "single_blocks.0.linear2"
+SHAPES = {LAYER: loras.layers(tiny.HIDDEN)[LAYER]}
+GOOD = "finite.safetensors"
+
+
+def _lora(**changes: Array | float) -> dict[str, Array]:
+    """A LoRA of one layer; `changes` are other parts, or one number all through a part."""
+    tensors, _ = loras.ai_toolkit(SHAPES)
+    for part, value in changes.items():
+        name = f"diffusion_model.{LAYER}.{part.replace('__', '.')}"
+        whole = isinstance(value, float) and name in tensors
+        array = np.full_like(tensors[name], value) if whole else np.asarray(value)
+        tensors[name] = array.astype(np.float32)
+    return tensors
+
+
+def _one_nan() -> dict[str, Array]:
+    tensors = _lora()
+    tensors[f"diffusion_model.{LAYER}.lora_A.weight"][1, 2] = math.nan
+    return tensors
+
+
+def _infinite_dora() -> dict[str, Array]:
+    """A DoRA with infinite magnitudes."""
+    return _lora(magnitude=np.full(tiny.HIDDEN, math.inf))
+
+
+BROKEN: dict[str, tuple[Callable[[], dict[str, Array]], str]] = {
+    "one NaN": (_one_nan, "lora_A.weight' has NaN or infinity in it"),
+    "infinite": (lambda: _lora(lora_B__weight=math.inf), "lora_B.weight' has NaN or infinity"),
+    "alpha": (lambda: _lora(alpha=math.nan), "alpha' has NaN or infinity"),
+    "DoRA": (_infinite_dora, "magnitude' has NaN or infinity"),
+    "too large a product": (
+        lambda: _lora(lora_A__weight=3e38, lora_B__weight=3e38),
+        "its weight changes are not finite",
+    ),
+}
+
+
+def _bytes(result: GenerationResult) -> bytes:
+    return result.images[0].image.tobytes()
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_lora_that_is_not_finite_is_left_out(name: str, draw: Draw, lora_folder: Path) -> None:
+    """With its file's name; alone and beside a good one, which acts as without it."""
+    make, says = BROKEN[name]
+    loras.write(lora_folder / "broken.safetensors", make())
+    loras.write(lora_folder / GOOD, _lora())
+    broken, good = {"path": "broken.safetensors", "scale": 1.0}, {"path": GOOD, "scale": 0.5}
+    for asked, alone in (([broken], []), ([broken, good], [good]), ([good, broken], [good])):
+        result = draw(loras=asked)
+        for report, one in zip(result.loras, asked, strict=True):
+            assert report.applied == (one is good)
+            assert one is good or says in str(report.error)
+        assert any("DRAWN WITHOUT A LORA: LoRA 'broken.safe" in said for said in result.warnings)
+        assert _bytes(result) == _bytes(draw(loras=alone))
+        with pytest.raises(LoraError, match=r"'broken\.safetensors'"):
+            draw(loras=asked, lora_error="fail")
+    assert not draw().warnings
+
+
+@pytest.mark.parametrize(
+    ("values", "scale", "says"),
+    [({"lora_B__weight": 0.0}, 1.0, "it is zero everywhere"), ({}, 0.0, "its scale is 0")],
+)
+def test_a_lora_that_changes_nothing_says_so(
+    values: dict[str, float], scale: float, says: str, draw: Draw, lora_folder: Path
+) -> None:
+    """It is applied, and the image is that of none."""
+    loras.write(lora_folder / "idle.safetensors", _lora(**values))
+    result = draw(loras=[{"path": "idle.safetensors", "scale": scale}])
+    assert result.loras[0].applied
+    assert result.warnings == (f"LoRA 'idle.safetensors' changes nothing: {says}",)
+    assert _bytes(result) == _bytes(draw())
+    loras.write(lora_folder / GOOD, _lora())
+    assert not draw(loras=[{"path": GOOD, "scale": 0.5}]).warnings
+
+
+def _spoiled(tiny_folder: Path, part: str, weight: Callable[[Any], Any]) -> Draw:
+    pipe = load(tiny_folder)
+    weight(getattr(pipe.parts, part)).data.fill_(math.nan)
+    return drawer(pipe)
+
+
+def test_a_decoder_that_gives_nan_is_an_error(tiny_folder: Path) -> None:
+    """It is named; the latents were sound."""
+    draw = _spoiled(tiny_folder, "vae", lambda vae: vae.decoder.conv_out.bias)
+    with pytest.raises(InternalError, match="the VAE decoded finite latents to values that are"):
+        draw()
+
+
+def test_a_transformer_that_gives_nan_is_an_error(tiny_folder: Path) -> None:
+    """With the step."""
+    draw = _spoiled(tiny_folder, "transformer", lambda model: model.proj_out.weight)
+    with pytest.raises(InternalError, match="step 1 of 2 gave values that are not finite"):
+        draw()

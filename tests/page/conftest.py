@@ -1,0 +1,87 @@
+"""A real server of the built-in model and a real Chromium on its page."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+
+from tests.support import live
+
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+NETWORK = "Failed to load resource"
+"""How Chromium begins its own line on every answer of 400 and above."""
+
+
+@contextmanager
+def server(
+    home: Path, wait: bool = True, **extra: str
+) -> Iterator[tuple[str, "live.subprocess.Popen[bytes]"]]:
+    """`bentoml serve` on a free port with LoRAs of its own, once it is ready."""
+    loras = home / "loras"
+    loras.mkdir()
+    for lora in (live.ROOT / "klein/nano/loras").glob("*.safetensors"):
+        shutil.copy(lora, loras)
+    port = live.free_port()
+    url, log = f"http://localhost:{port}", home / "serve.log"
+    env = live.environment(home, OMP_WAIT_POLICY="PASSIVE", KLEIN_LORA_DIR=str(loras), **extra)
+    argv = [str(live.BIN / "bentoml"), "serve", "service:Klein", "--port", str(port)]
+    with live.process(argv, env, log) as running:
+        live.wait_for(f"{url}/readyz" if wait else f"{url}/livez", 200, running, log)
+        yield url, running
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    if not Path(CHROMIUM).exists():
+        pytest.fail(f"no browser at {CHROMIUM}: `apt-get install chromium`, or set CHROMIUM")
+    with sync_playwright() as playwright:
+        args = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=args)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server that everybody may use and add LoRAs to."""
+    with server(tmp_path_factory.mktemp("open"), KLEIN_LORA_UPLOADS="on") as (url, _):
+        yield url
+
+
+@pytest.fixture
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    """A browser that knows nothing yet."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True)
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def page(context: BrowserContext, url: str) -> Iterator[Page]:
+    """The page once it is connected; a test fails for anything that the console complains of."""
+    with watched(context) as page:
+        page.goto(f"{url}/ui")
+        page.wait_for_selector(".example")
+        yield page
+
+
+@contextmanager
+def watched(context: BrowserContext, refusals: bool = False) -> Iterator[Page]:
+    """A tab whose console stays clean; `refusals` allows the browser's lines on refused requests."""
+    page, faults = context.new_page(), []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on(
+        "console",
+        lambda line: (
+            line.type in ("error", "warning")
+            and not (refusals and line.text.startswith(NETWORK))
+            and faults.append(line.text)
+        ),
+    )
+    yield page
+    assert faults == []

@@ -1,0 +1,49 @@
+"""What a person does on the page, as few words as possible."""
+
+import json
+import urllib.request
+from typing import Any
+
+from playwright.sync_api import Page
+
+PROMPT = "a smiling woman with red hair, green eyes and a blue hat, on a yellow background"
+DRAWN = ".drawn"
+PATIENCE = 60_000
+"""Milliseconds for an image on a slow machine."""
+
+
+def ask(page: Page, prompt: str = PROMPT, steps: int = 4) -> None:
+    """Fill in a prompt and the steps."""
+    page.fill("#prompt", prompt)
+    if not page.locator("#advanced").evaluate("folded => folded.open"):
+        page.click("#advanced > summary")
+    page.fill("#field-num_inference_steps", str(steps))
+
+
+def draw(page: Page) -> None:
+    """Draw what is asked for and wait for the image."""
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("#cancel:visible")
+    wait_for_image(page)
+
+
+def wait_for_image(page: Page) -> None:
+    page.wait_for_selector("#draw:visible", timeout=PATIENCE)
+    page.wait_for_selector(DRAWN, timeout=1000)
+
+
+def fact(page: Page, name: str) -> str:
+    """A line of how the image was made."""
+    return page.locator(f"dt:text-is('{name}') + dd").inner_text()
+
+
+def add_lora(page: Page, search: str) -> None:
+    page.click("#lora-add")
+    page.get_by_role("searchbox", name="Search LoRAs").fill(search)
+    page.locator(".pick").click()
+
+
+def newest_job(url: str) -> dict[str, Any]:
+    """The last job that the server was asked for."""
+    with urllib.request.urlopen(f"{url}/jobs?limit=1") as answer:
+        return dict(json.load(answer)["results"][0])

@@ -1,0 +1,255 @@
+"""Drawing, watching, cancelling, and finding everything again."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from playwright.sync_api import BrowserContext, Page, expect
+
+from klein.output.images import read_text
+from klein.request.schema import parse
+from tests.page import person
+from tests.support import live
+
+
+def _downloaded(page: Page, name: str) -> bytes:
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name=name, exact=True).click()
+    return Path(waiting.value.path()).read_bytes()
+
+
+def test_draw_and_watch(page: Page) -> None:
+    """Previews and steps come while it is drawn; the file carries its settings."""
+    person.ask(page, steps=28)
+    page.keyboard.press("Control+Enter")
+    preview = page.get_by_alt_text("Preview")
+    preview.wait_for(timeout=person.PATIENCE)
+    assert preview.get_attribute("src").startswith("data:image/jpeg;base64,")
+    expect(page.locator(".state")).to_contain_text(re.compile(r"step \d+ of 28"))
+    person.wait_for_image(page)
+    expect(page.locator(person.DRAWN)).to_have_attribute("alt", person.PROMPT)
+    seed = person.fact(page, "Seed")
+    assert f"Seed: {seed}" in read_text(_downloaded(page, "Download"))
+
+
+def test_seconds_left_are_told_once_klein_knows(page: Page) -> None:
+    person.ask(page, steps=4)
+    person.draw(page)
+    page.fill("#field-num_inference_steps", "60")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator(".state")).to_contain_text(re.compile(r"step \d+ of 60, [\d.]+ s left"))
+    page.click("#cancel")
+    page.wait_for_selector("text=Nothing was kept of it")
+
+
+def test_cancel(page: Page, url: str) -> None:
+    person.ask(page, steps=100)
+    page.click("#draw")
+    page.wait_for_selector("text=/step \\d+ of 100/")
+    page.click("#cancel")
+    page.get_by_role("heading", name="Cancelled").wait_for(timeout=10_000)
+    assert person.newest_job(url)["status"] == "canceled"
+    expect(page.locator("#draw")).to_be_visible()
+
+
+def test_a_job_that_failed_says_why(page: Page) -> None:
+    person.ask(page)
+    page.click("#lora-add")
+    page.fill("#lora-path", "nobody/nothing")
+    page.get_by_role("button", name="Use", exact=True).click()
+    page.select_option("#field-lora_error", "fail")
+    page.click("#draw")
+    page.get_by_role("heading", name="That did not work").wait_for(timeout=person.PATIENCE)
+    expect(page.locator("#stage")).to_contain_text("nobody/nothing")
+    expect(page.get_by_role("button", name="Try again")).to_be_visible()
+
+
+def test_a_lora_and_its_report(page: Page) -> None:
+    person.ask(page)
+    person.add_lora(page, "zib")
+    page.locator("#triggers button").click()
+    expect(page.locator("#prompt")).to_have_value(f"zibbo, {person.PROMPT}")
+    page.get_by_label("Scale of zibbo as a number").fill("-0.5")
+    person.draw(page)
+    expect(page.locator("#report")).to_contain_text(
+        re.compile(r"zibbo at -0.5: 24 of 24 layers, changes the weights by [\d.]+ %")
+    )
+
+
+def test_a_lora_that_is_left_out_is_a_warning(page: Page) -> None:
+    person.ask(page)
+    page.click("#lora-add")
+    page.fill("#lora-path", "missing.safetensors")
+    page.keyboard.press("Enter")
+    person.draw(page)
+    expect(page.get_by_role("region", name="What the LoRAs did")).to_contain_text("was left out")
+
+
+def test_upload_a_lora(page: Page, tmp_path: Path) -> None:
+    file = tmp_path / "mine.safetensors"
+    file.write_bytes((live.ROOT / "klein/nano/loras/pixelkin.safetensors").read_bytes())
+    page.click("#lora-add")
+    page.set_input_files("#lora-file", file)
+    expect(page.locator(".lora .name")).to_have_text("mine")
+
+
+def test_the_seed(page: Page) -> None:
+    """Locked it stays; unlocked it was for once, and the last one can be used again."""
+    person.ask(page)
+    page.fill("#seed", "7")
+    page.click("#seed-lock")
+    person.draw(page)
+    expect(page.locator("#seed")).to_have_value("7")
+    page.click("#seed-lock")
+    person.draw(page)
+    expect(page.locator("#seed")).to_have_value("")
+    page.click("#seed-reuse")
+    expect(page.locator("#seed")).to_have_value("7")
+    page.click("#seed-dice")
+    expect(page.locator("#seed")).not_to_have_value("7")
+
+
+def test_sizes_and_fields_reach_the_job(page: Page, url: str) -> None:
+    person.ask(page)
+    page.locator("#ratios").get_by_text("3:2").click()
+    page.locator("#presets").get_by_text("Fast preview").click()
+    page.select_option("#field-sampler", "ab2")
+    page.fill("#negative_prompt", "hat")
+    person.draw(page)
+    given = person.newest_job(url)["input"]
+    assert (given["width"], given["height"]) == (320, 208)
+    assert (given["preset"], given["sampler"]) == ("fast_preview", "ab2")
+    assert given["negative_prompt"] == "hat"
+    assert given["num_inference_steps"] == 4
+
+
+def test_sweep(page: Page) -> None:
+    """One seed, several values, a labelled strip."""
+    person.ask(page)
+    person.add_lora(page, "zib")
+    page.click("#sweep > summary")
+    page.fill("#sweep-values", "0.6, 1.2")
+    page.click("#sweep-go")
+    page.wait_for_selector("#draw:visible", timeout=person.PATIENCE)
+    labels = page.locator(".sweep figcaption")
+    expect(labels).to_have_text(["scale of zibbo 0.6", "scale of zibbo 1.2"])
+    seeds = set()
+    for n in (0, 1):
+        page.locator(".tile-of-gallery").nth(n).click()
+        seeds.add(person.fact(page, "Seed"))
+    assert len(seeds) == 1
+
+
+def test_reload_finds_the_gallery_and_exports_it(page: Page) -> None:
+    person.ask(page)
+    person.draw(page)
+    person.draw(page)
+    page.reload()
+    expect(page.locator(".tile-of-gallery")).to_have_count(2)
+    with zipfile.ZipFile(io.BytesIO(_downloaded(page, "Export"))) as packed:
+        assert packed.testzip() is None
+        assert all("Steps: 4" in read_text(packed.read(name)) for name in packed.namelist())
+        assert len(packed.namelist()) == 2
+    page.locator(".tile-of-gallery").first.click()
+    expect(page.locator(person.DRAWN)).to_be_visible()
+    page.get_by_role("button", name="Delete from the gallery").click()
+    page.get_by_role("button", name="Clear").click()
+    page.get_by_role("button", name="Delete them").click()
+    expect(page.locator(".tile-of-gallery")).to_have_count(0)
+
+
+def test_reload_while_drawing_goes_on_watching(page: Page) -> None:
+    person.ask(page, steps=40)
+    page.click("#draw")
+    page.wait_for_selector("text=/step \\d+ of 40/")
+    page.reload()
+    page.wait_for_selector("text=/step \\d+ of 40/")
+    person.wait_for_image(page)
+    assert person.fact(page, "Steps").startswith("40,")
+
+
+def test_compare_two(page: Page) -> None:
+    person.ask(page)
+    for seed in ("1", "2"):
+        page.fill("#seed", seed)
+        person.draw(page)
+    page.click("#compare")
+    page.locator(".tile-of-gallery").nth(1).click()
+    page.locator(".tile-of-gallery").nth(0).click()
+    slider = page.get_by_label("Where the images divide")
+    slider.focus()
+    page.keyboard.press("Home")
+    assert page.locator(".compared").evaluate("box => box.style.getPropertyValue('--at')") == "0%"
+    expect(page.locator(".differences tbody tr")).to_have_text(["Seed12"])
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_drop_an_image_to_get_its_settings_back(page: Page, url: str, format: str) -> None:
+    """Also with a prompt whose characters are two units of JavaScript's."""
+    prompt = "a man with a green hat 😀, café"
+    asked = {"prompt": prompt, "seed": 99, "num_inference_steps": 3, "output_format": format}
+    asked |= {
+        "loras": [{"path": "zibbo.safetensors", "scale": 0.7}],
+        "negative_prompt": "a scarf 😀",
+    }
+    status, data = live.post(f"{url}/generate", asked)
+    assert status == 200
+    _drop(page, data, f"image/{format}")
+    page.get_by_role("button", name="Use its settings").click()
+    expect(page.locator("#prompt")).to_have_value(prompt)
+    expect(page.locator("#negative_prompt")).to_have_value("a scarf 😀")
+    expect(page.locator("#seed")).to_have_value("99")
+    expect(page.locator("#field-num_inference_steps")).to_have_value("3")
+    expect(page.get_by_label("Scale of zibbo as a number")).to_have_value("0.7")
+
+
+def test_drop_an_image_of_another_program(page: Page) -> None:
+    """A1111's text, as it writes it."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info, out = PngInfo(), io.BytesIO()
+    text = "a cat,\nsitting\nNegative prompt: dog\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 512x768"
+    info.add_text("parameters", text)
+    Image.new("RGB", (64, 64)).save(out, "PNG", pnginfo=info)
+    _drop(page, out.getvalue(), "image/png")
+    page.get_by_role("button", name="Use its settings").click()
+    expect(page.locator("#prompt")).to_have_value("a cat,\nsitting")
+    expect(page.locator("#negative_prompt")).to_have_value("dog")
+    expect(page.locator("#field-guidance_scale")).to_have_value("7")
+    expect(page.locator("#width")).to_have_value("512")
+
+
+def _drop(page: Page, data: bytes, kind: str) -> None:
+    page.evaluate(
+        """([bytes, type]) => {
+            const data = new DataTransfer();
+            data.items.add(new File([new Uint8Array(bytes)], "x", { type }));
+            document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true }));
+        }""",
+        [list(data), kind],
+    )
+
+
+def test_each_snippet_runs_as_it_is(page: Page, context: BrowserContext, tmp_path: Path) -> None:
+    """And draws the same image."""
+    person.ask(page, 'it\'s a woman with a "blue" hat')
+    page.fill("#seed", "3")
+    person.draw(page)
+    wanted = Image.open(io.BytesIO(_downloaded(page, "Download"))).tobytes()
+    texts = {}
+    for name in page.locator("[role=tab]").all_inner_texts():
+        page.get_by_role("tab", name=name).click()
+        page.click("#copy")
+        texts[name] = page.evaluate("navigator.clipboard.readText()")
+    for name, argv in {"curl": ["bash", "-c"], "Python": [sys.executable, "-c"]}.items():
+        subprocess.run([*argv, texts[name]], cwd=tmp_path, check=True, timeout=100)
+        image = tmp_path / "image.png"
+        assert Image.open(image).tobytes() == wanted, name
+        image.unlink()
+    assert parse(json.loads(texts["RunPod"])["input"]).seed == 3
