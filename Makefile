@@ -6,11 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 export BENTOML_DO_NOT_TRACK := 1
 
-.PHONY: help serve test check lint bench bundle pictures docs clean
+.PHONY: help serve test check lint bench bundle pictures screenshots test-page docs clean
 
 help:
 	@echo "make serve   set up, then serve MODEL_ID (nano unless set) on PORT ($(PORT))"
 	@echo "make test    set up, then run the tests"
+	@echo "make test-page   try the page in Chromium (apt-get install chromium; CHROMIUM=… for another path)"
 	@echo "make check   ruff, mypy, the import layers and the tests: what CI runs"
 	@echo "make bench   seconds a picture by stock diffusers and each tier, and the service's share"
 	@echo "make bundle  build the image with Docker and run both of its lives (minutes)"
@@ -22,6 +23,10 @@ serve: $(VENV)/.serve
 test: $(VENV)/.test
 	$(BIN)/python -m pytest tests/unit tests/doors
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/model tests/bundle
+
+# needs a Chromium: apt-get install chromium
+test-page: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/page
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -58,6 +63,10 @@ docs: $(VENV)/.test
 
 pictures: $(VENV)/.serve
 	MODEL_ID=nano $(BIN)/python -m docs.pictures
+
+# the page's screenshots in docs/images; needs a Chromium
+screenshots: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.page.screenshots
 
 clean:
 	rm -rf $(VENV)

@@ -17,7 +17,9 @@ NETWORK = "Failed to load resource"
 
 
 @contextmanager
-def server(home: Path, wait: bool = True, **extra: str) -> Iterator[tuple[str, "live.subprocess.Popen[bytes]"]]:
+def server(
+    home: Path, wait: bool = True, **extra: str
+) -> Iterator[tuple[str, "live.subprocess.Popen[bytes]"]]:
     """`bentoml serve` on a free port with LoRAs of its own, once it is ready."""
     loras = home / "loras"
     loras.mkdir()
@@ -70,14 +72,16 @@ def page(context: BrowserContext, url: str) -> Iterator[Page]:
 
 @contextmanager
 def watched(context: BrowserContext, refusals: bool = False) -> Iterator[Page]:
-    """A tab whose console stays clean; `refusals` allows the browser's lines on refused requests."""
+    """A tab whose console stays clean; `refusals` allows the lines on refused requests."""
     page, faults = context.new_page(), []
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on(
         "console",
-        lambda line: line.type in ("error", "warning")
-        and not (refusals and line.text.startswith(NETWORK))
-        and faults.append(line.text),
+        lambda line: (
+            line.type in ("error", "warning")
+            and not (refusals and line.text.startswith(NETWORK))
+            and faults.append(line.text)
+        ),
     )
     yield page
     assert faults == []

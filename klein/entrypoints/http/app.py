@@ -16,6 +16,8 @@ from klein.entrypoints.http.auth import RequireKey, read_keys
 from klein.entrypoints.http.limits import MB, LimitRequests
 from klein.settings import Settings
 
+PLAYGROUND = "To draw and try everything without a line of code: [the page](ui)."
+"""Above the routes in `/docs`."""
 Middleware = tuple[Any, dict[str, Any]]
 """A class of ASGI middleware, and its options."""
 
@@ -23,7 +25,12 @@ Middleware = tuple[Any, dict[str, Any]]
 def create_app() -> FastAPI:
     """The app; it answers for a generator once `connect` has given it one."""
     app = FastAPI(
-        title="klein", version=__version__, docs_url=None, redoc_url=None, lifespan=_lifespan
+        title="klein",
+        version=__version__,
+        description=PLAYGROUND,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=_lifespan,
     )
     for router in (generate.router, jobs.router, catalog.router, loras.router, playground.router):
         app.include_router(router)
