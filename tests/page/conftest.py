@@ -72,7 +72,7 @@ def page(context: BrowserContext, url: str) -> Iterator[Page]:
 
 @contextmanager
 def watched(context: BrowserContext, refusals: bool = False) -> Iterator[Page]:
-    """A tab whose console stays clean; `refusals` allows the browser's lines on refused requests."""
+    """A tab whose console stays clean; `refusals` allows the lines on refused requests."""
     page, faults = context.new_page(), []
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on(
