@@ -129,10 +129,12 @@ def _own(text: str) -> dict[str, Any]:
     if hit is None:
         raise InvalidRequest("these parameters were not written by klein")
     try:
-        own: dict[str, Any] = json.loads(json.loads(hit[1]))
-        return dict(own)
+        own = json.loads(json.loads(hit[1]))
     except (ValueError, TypeError) as error:
         raise _damaged() from error
+    if not isinstance(own, dict):
+        raise _damaged()
+    return own
 
 
 def _damaged() -> InvalidRequest:

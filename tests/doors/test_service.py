@@ -20,7 +20,7 @@ from klein.output.images import read_text
 from klein.request.presets import PRESETS
 from klein.request.schema import GenerateRequest
 from klein.settings import Settings
-from tests.support import fakes, loras
+from tests.support import fakes, loras, pictures
 
 FAKE = fakes.FakePipeline()
 LEFT: list[KleinError] = []
@@ -283,3 +283,19 @@ def test_only_json_draws(client: TestClient) -> None:
     for kind in ("application/vnd.bentoml+pickle", "multipart/form-data; boundary=x", "text/plain"):
         answer = client.post("/generate", content=b"{}", headers={"content-type": kind})
         assert (answer.status_code, answer.json()["error"]["field"]) == (400, "content-type")
+
+
+def test_edits_over_bentoml(client: TestClient) -> None:
+    """Its schema takes pictures and nested fields as they are."""
+    edit = {
+        "prompt": "x",
+        "init_image": pictures.text(pictures.noise(300, 200)),
+        "images": [pictures.text(pictures.noise(100, 160))],
+        "extend": {"left": 40},
+    }
+    answer = client.post("/generate_json", json=edit).json()
+    assert answer["images"][0]["unchanged_pixels"] == 300 * 200
+    assert answer["parameters"]["extend"] == {"left": 40, "right": 0, "top": 0, "bottom": 0}
+    bad = client.post("/generate_json", json={**edit, "images": ["aGk="]})
+    assert bad.status_code == 400
+    assert bad.json()["error"]["field"] == "images.0"

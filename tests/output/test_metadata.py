@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klein.core import GenerationParams, Timings
+from klein.core import GenerationParams, InputInfo, Margins, Timings
 from klein.errors import InvalidRequest
 from klein.output import metadata, response
 from klein.output.images import read_text
@@ -96,6 +96,54 @@ def test_foreign_text_is_refused(text: str) -> None:
     """Pictures of other programs are said to be that."""
     with pytest.raises(InvalidRequest):
         metadata.from_text(text)
+
+
+def _edited() -> GenerationParams:
+    picture = InputInfo("ab" * 32, 300, 200, 288, 192, 216)
+    return replace(
+        fakes.params(images=["x", "x"], init_image="x", mask="x", mask_padding=7, strength=0.5),
+        images=(picture, replace(picture, sha256="cd" * 32)),
+        init_image=picture,
+        mask=replace(picture, tokens=0),
+    )
+
+
+def test_pictures_are_named_by_hash_and_size() -> None:
+    """By field, in order; what decided the drawing comes back as a request's fields do."""
+    params, extended = _edited(), replace(_edited(), mask=None, extend=Margins(left=9))
+    result = fakes.result(params)
+    text = metadata.to_text(result, result.images[0], PNG)
+    assert metadata.inputs_of(text) == {
+        "images.0": params.images[0],
+        "images.1": params.images[1],
+        "init_image": params.init_image,
+        "mask": params.mask,
+    }
+    again = metadata.from_text(text)
+    assert (again.strength, again.mask_feather, again.mask_padding) == (0.5, 8, 7)
+    assert (again.images, again.init_image, again.mask) == ([], None, None)
+    text = metadata.to_text(fakes.result(extended), result.images[0], PNG)
+    extend = metadata.from_text(text).extend
+    assert extend is not None
+    assert (extend.left, extend.top) == (9, 0)
+    assert "mask" not in metadata.inputs_of(text)
+
+
+def test_a_text_alone_names_no_pictures() -> None:
+    """And comes back as a request that needs none."""
+    result = fakes.result(fakes.params())
+    text = metadata.to_text(result, result.images[0], PNG)
+    assert metadata.inputs_of(text) == {}
+    assert not fakes.resolved(
+        **metadata.from_text(text).model_dump(exclude_none=True)
+    ).needs_preparing
+
+
+@pytest.mark.parametrize("own", ["3", "[]", '{"images": 3}', '{"mask": {"sha256": 1}}', "{"])
+def test_damaged_names_are_refused(own: str) -> None:
+    """Whatever stands where they should."""
+    with pytest.raises(InvalidRequest):
+        metadata.inputs_of(f"x, klein: {json.dumps(own)}")
 
 
 def test_no_parameter_is_forgotten() -> None:

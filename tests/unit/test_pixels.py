@@ -148,7 +148,15 @@ def test_reference_megapixels_follow_the_native_size() -> None:
 
 @pytest.mark.parametrize(
     ("steps", "strength", "first"),
-    [(28, None, 0), (28, 1.0, 0), (28, 0.8, 5), (10, 0.5, 5), (28, 0.01, 27), (1, 0.1, 0)],
+    [
+        (28, None, 0),
+        (28, 1.0, 0),
+        (28, 0.8, 5),
+        (10, 0.5, 5),
+        (28, 0.01, 27),
+        (28, 1e-20, 27),
+        (1, 0.1, 0),
+    ],
 )
 def test_the_first_step(steps: int, strength: float | None, first: int) -> None:
     """From noise without a start image; at least one step for any strength."""
