@@ -8,14 +8,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 RUFF := $(BIN)/ruff
 # Tests that need torch (tests/conftest.py has the same names); the other folders run without it.
-HEAVY := model bundle gpu page
+HEAVY := model training bundle gpu page
 LIGHT := $(filter-out $(HEAVY:%=tests/%/),$(sort $(dir $(wildcard tests/*/test_*.py))))
 # Processes that share the cores: one thread each, and none that spins while it waits.
 QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 export BENTOML_DO_NOT_TRACK := 1
 
-.PHONY: help serve test check unit coverage model-tests gpu-tests lint types fix lock hooks \
-	bench bundle docs pictures clean
+.PHONY: help serve test check unit coverage model-tests test-page gpu-tests lint types fix lock hooks \
+	bench bundle docs pictures screenshots clean
 
 help:
 	@echo "make serve        set up, then serve MODEL_ID (nano unless set) on PORT ($(PORT))"
@@ -23,6 +23,7 @@ help:
 	@echo "make check        lint and test: what CI runs"
 	@echo "make unit         only the tests that run without torch; T='-k seed' goes to pytest"
 	@echo "make model-tests  only the tests on the built-in model and of the bento"
+	@echo "make test-page    the page in a real Chromium (apt-get install chromium)"
 	@echo "make gpu-tests    the tests that need an NVIDIA GPU"
 	@echo "make lint         ruff, mypy and the import layers"
 	@echo "make fix          let ruff repair and format what it can"
@@ -32,6 +33,7 @@ help:
 	@echo "make bundle       build the image with Docker and run both of its lives (minutes)"
 	@echo "make docs         write the tables and plots of the pages again"
 	@echo "make pictures     draw the pictures of the README again"
+	@echo "make screenshots  the page's pictures of the docs, in a real Chromium"
 	@echo "make clean        remove the environment"
 
 serve: $(VENV)/.serve
@@ -50,7 +52,11 @@ coverage: $(VENV)/.test
 	$(BIN)/python -m coverage report
 
 model-tests: $(VENV)/.test
-	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal tests/model tests/bundle $(T)
+	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal tests/model tests/training tests/bundle $(T)
+
+# needs a Chromium: apt-get install chromium
+test-page: $(VENV)/.test
+	$(QUIET) $(BIN)/python -m pytest -n 2 --dist loadfile tests/page $(T)
 
 gpu-tests: $(VENV)/.test
 	$(BIN)/python -m pytest tests/gpu $(T)
@@ -109,6 +115,10 @@ docs: $(VENV)/.test
 
 pictures: $(VENV)/.serve
 	MODEL_ID=nano $(BIN)/python -m docs.pictures
+
+# the page's screenshots in docs/images; needs a Chromium
+screenshots: $(VENV)/.test
+	$(QUIET) $(BIN)/python -m tests.page.screenshots
 
 clean:
 	rm -rf $(VENV)

@@ -172,6 +172,7 @@ def _port() -> int:
 
 def _example(url: str) -> str:
     return (
+        f"  {url}/ui in a browser, or\n"
         f"  curl -s -X POST {url}/generate -H 'content-type: application/json' \\\n"
         """    -d '{"prompt": "a portrait", "seed": 1}' -o a.png"""
     )

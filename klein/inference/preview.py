@@ -85,15 +85,16 @@ class Previews:
         self._decoded_at = {
             steps * part // (wanted.decoded + 1) for part in range(1, wanted.decoded + 1)
         } - {0}
-        self._pending: list[tuple[int, Tensor, Any]] = []
+        self._pending: list[tuple[int, Tensor, Tensor, Any]] = []
 
     def __call__(self, step: Step) -> None:
-        """Tell what has arrived, and begin what this step is to show."""
+        """Tell what has arrived, and start what this step is to show; of latents that are not
+        finite there is nothing to show."""
         self._tell(lambda arrived: arrived is None or arrived.query())
         every, last = self._wanted.every, step.number == self._steps
         if every and step.number % every == 0 and not last:
-            self._begin(step)
-        if step.number in self._decoded_at:
+            self._start(step)
+        if step.number in self._decoded_at and step.clean.isfinite().all():
             picture = self._decode(step.clean)
             self._wanted.receive(
                 Preview(step.number, self._steps, self._image, picture, decoded=True)
@@ -103,18 +104,24 @@ class Previews:
         """Tell the rest."""
         self._tell(lambda arrived: arrived is None or arrived.synchronize() is None)
 
-    def _begin(self, step: Step) -> None:
+    def _start(self, step: Step) -> None:
         packed = step.clean.reshape(1, self._rows, self._columns, -1).permute(0, 3, 1, 2)
-        levels, arrived = self._fitted().levels(packed), None
-        if levels.is_cuda:
-            host = torch.empty(levels.shape, dtype=levels.dtype, pin_memory=True)
-            levels = host.copy_(levels, non_blocking=True)
+        made, arrived = (self._fitted().levels(packed), packed.isfinite().all()), None
+        if packed.is_cuda:
+            made = _on_the_way(made[0]), _on_the_way(made[1])
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
-        self._pending.append((step.number, levels, arrived))
+        self._pending.append((step.number, *made, arrived))
 
     def _tell(self, ready: Callable[[Any], bool]) -> None:
-        while self._pending and ready(self._pending[0][2]):
-            number, levels, _ = self._pending.pop(0)
-            picture = Image.fromarray(levels.numpy())
-            self._wanted.receive(Preview(number, self._steps, self._image, picture))
+        while self._pending and ready(self._pending[0][-1]):
+            number, levels, finite, _ = self._pending.pop(0)
+            if finite:
+                picture = Image.fromarray(levels.numpy())
+                self._wanted.receive(Preview(number, self._steps, self._image, picture))
+
+
+def _on_the_way(tensor: Tensor) -> Tensor:
+    """A copy in main memory, there when the stream gets to it."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

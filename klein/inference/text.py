@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from klein.errors import InternalError
 from klein.inference.loading.modules import OUT_LAYERS
 
 KEPT = 16
@@ -31,7 +32,10 @@ class PromptEncoder:
         self._kept: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
 
     def encode(self, text: str, length: int) -> Tensor:
-        """Embeddings (1, length, 3 · hidden) of the first `length` tokens, padding included."""
+        """Embeddings (1, length, 3 · hidden) of the first `length` tokens, padding included.
+
+        Raises InternalError if they are not finite.
+        """
         key = text, length
         if key not in self._kept:
             self._before()
@@ -67,7 +71,13 @@ class PromptEncoder:
             output_hidden_states=True,
             use_cache=False,
         ).hidden_states
-        return torch.cat([states[layer] for layer in OUT_LAYERS], dim=-1)
+        embeddings = torch.cat([states[layer] for layer in OUT_LAYERS], dim=-1)
+        if not embeddings.isfinite().all():
+            raise InternalError(
+                "the text encoder gave values that are not finite, so there is no image: try "
+                "another prompt, or KLEIN_SPEED=eager"
+            )
+        return embeddings
 
     def _chat(self, text: str) -> str:
         made: str = self._tokenizer.apply_chat_template(

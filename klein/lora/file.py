@@ -12,6 +12,7 @@ from typing import IO
 from klein.errors import LoraError, LoraUnavailable
 from klein.lora import keys, metadata
 from klein.lora.metadata import LoraDefaults
+from klein.lora.shapes import measure
 from klein.models.layers import SWAPPED_HALVES, modules_by_layer
 from klein.sources import safetensors
 from klein.sources.safetensors import Damaged, Entry, Header, Shape
@@ -246,7 +247,7 @@ def _patch(
         raise LoraError(f"LoRA {name!r}: layer {layer!r} {why}")
     own = {part: shapes[tensor] for part, tensor in parts.items()}
     try:
-        rank, shape = _measure(kind, own)
+        rank, shape = measure(kind, own)
     except (KeyError, ValueError) as error:
         raise LoraError(
             f"LoRA {name!r}: the tensors of layer {layer!r} do not fit together"
@@ -265,62 +266,6 @@ def _unsupported(kind: str, layer: str, parts: Mapping[str, str]) -> str | None:
     if kind == "dora" and not {"down", "up"} <= parts.keys():
         return "has magnitudes and no factors"
     return None
-
-
-def _measure(kind: str, own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:
-    """Rank and (out, in) shape of the weight change that tensors of these shapes make."""
-    if math.prod(own.get("alpha", ())) != 1:
-        raise ValueError("alpha")
-    rank, shape = _MEASURES[kind](own)
-    if 0 in shape:
-        raise ValueError("empty")
-    return rank, shape
-
-
-def _measure_lora(own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:
-    (rank, columns), (rows, same) = own["down"], own["up"]
-    if rank != same or rank == 0 or math.prod(own.get("magnitude", (rows,))) != rows:
-        raise ValueError("lora")
-    return rank, (rows, columns)
-
-
-def _measure_diff(own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:
-    rows, columns = own["diff"]
-    return 0, (rows, columns)
-
-
-def _measure_loha(own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:
-    (rows, rank), (rank_b, columns) = own["hada_w1_a"], own["hada_w1_b"]
-    if (own["hada_w2_a"], own["hada_w2_b"]) != ((rows, rank), (rank, columns)):
-        raise ValueError("loha")
-    if rank != rank_b or rank == 0:
-        raise ValueError("loha")
-    return rank, (rows, columns)
-
-
-def _measure_lokr(own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:
-    (rows1, columns1), rank1 = _factor("lokr_w1", own)
-    (rows2, columns2), rank2 = _factor("lokr_w2", own)
-    return max(rank1, rank2), (rows1 * rows2, columns1 * columns2)
-
-
-_MEASURES = {
-    "lora": _measure_lora,
-    "dora": _measure_lora,
-    "diff": _measure_diff,
-    "loha": _measure_loha,
-    "lokr": _measure_lokr,
-}
-
-
-def _factor(part: str, own: Mapping[str, Shape]) -> tuple[tuple[int, int], int]:
-    if part in own:
-        rows, columns = own[part]
-        return (rows, columns), 0
-    (rows, rank), (same, columns) = own[f"{part}_a"], own[f"{part}_b"]
-    if rank != same or rank == 0:
-        raise ValueError(part)
-    return (rows, columns), rank
 
 
 def _width(name: str, patches: tuple[Patch, ...]) -> int | None:

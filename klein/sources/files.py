@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from klein.sources.cache import Store
@@ -34,15 +35,13 @@ class RemoteFiles:
 
     def at_hand(self, ref: RemoteFile) -> Path | None:
         """The file `ref` names, if nothing needs to be asked for it."""
-        if isinstance(ref, UrlFile):
-            known = self.store.find(ref.key, ref.sha256)
-            return known.path if known else None
-        known = self.store.find(ref.key)
+        known = self.store.find(ref.key, ref.sha256 if isinstance(ref, UrlFile) else None)
         if not isinstance(ref, HubFile):
             return known.path if known else None
-        if known and (ref.is_fixed or self._hub.is_offline or time.time() - known.asked < FRESH):
+        settled = ref.is_fixed or self._hub.is_offline
+        if known and (settled or time.time() - known.asked < FRESH):
             return known.path
-        return self._hub.cached(ref) if ref.is_fixed or self._hub.is_offline else None
+        return self._hub.cached(ref) if settled else None
 
     def get(self, ref: RemoteFile, name: str, refuse: Refuse, watch: Watch = UNWATCHED) -> Path:
         """The file `ref` names, fetched if need be; `name` is shown for it in lists.
@@ -58,7 +57,7 @@ class RemoteFiles:
                 offer = Offer(url, sha256=sha256)
                 return self._fetch(ref.key, name, lambda: offer, sha256, refuse, watch)
             case CivitaiFile():
-                promise = lambda: self._civitai.offer(ref, watch)  # noqa: E731
+                promise = partial(self._civitai.offer, ref, watch)
                 return self._fetch(ref.key, name, promise, None, refuse, watch)
 
     def _of_hub(self, ref: HubFile, name: str, refuse: Refuse, watch: Watch) -> Path:

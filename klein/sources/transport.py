@@ -226,14 +226,15 @@ class _Stream(httpcore.NetworkStream):
         timeout: float | None = None,
     ) -> httpcore.NetworkStream:
         """The same connection under TLS."""
+        stream: httpcore.NetworkStream = self
         try:
             secure = ssl_context.wrap_socket(
                 self._sock, server_hostname=server_hostname, do_handshake_on_connect=False
             )
-            stream = _Stream(secure, self._host, self._bounds)
-            stream._patiently(secure.do_handshake, httpcore.ConnectError)
+            stream = tried = _Stream(secure, self._host, self._bounds)
+            tried._patiently(secure.do_handshake, httpcore.ConnectError)
         except BaseException:
-            self.close()
+            stream.close()
             raise
         return stream
 

@@ -40,7 +40,7 @@ def test_references() -> None:
     assert [each.sha256 for each in job.params.images] == [one.sha256, two.sha256]
     assert job.params.images[0] == InputInfo(one.sha256, 300, 200, 288, 192, 216)
     assert (job.params.width, job.params.height) == (320, 208)
-    assert job.inputs.start is job.inputs.repaint is None
+    assert (job.inputs.start, job.inputs.repaint) == (None, None)
 
 
 def test_the_reference_bound() -> None:
@@ -122,7 +122,11 @@ def _mask(width: int, height: int) -> str:
 
 def test_mask_padding_draws_the_crop() -> None:
     """At full resolution; the size that is drawn has its shape, and can be sent again."""
-    values = {"init_image": pictures.text(ONE), "mask": pictures.text(SPOT), "mask_padding": 20}
+    values: dict[str, Any] = {
+        "init_image": pictures.text(ONE),
+        "mask": pictures.text(SPOT),
+        "mask_padding": 20,
+    }
     job = _job(**values)
     assert job.inputs.repaint is not None
     assert job.inputs.repaint.box == (80, 40, 160, 140)
@@ -197,7 +201,11 @@ def test_what_reading_changed_is_told() -> None:
 @pytest.fixture
 def server() -> Iterator[servers.Server]:
     data = pictures.data(ONE)
-    routes = {"/a.png": (200, {}, data), "/busy": (503, {}, b""), "/gone": (404, {}, b"")}
+    routes: dict[str, servers.Answer] = {
+        "/a.png": (200, {}, data),
+        "/busy": (503, {}, b""),
+        "/gone": (404, {}, b""),
+    }
     routes["/large"] = (200, {}, bytes(images.MAX_BYTES + 1))
     with servers.serve(lambda request: routes[request.path]) as server:
         yield server

@@ -2,7 +2,8 @@ from pathlib import Path
 
 from klein.app.prepare import settle_loras
 from klein.errors import LoraError
-from klein.lora.file import Identity, LoraDefaults, LoraFile
+from klein.lora.file import Identity, LoraFile
+from klein.lora.metadata import LoraDefaults
 from tests.support import fakes
 
 
@@ -20,6 +21,7 @@ def test_what_only_the_files_know() -> None:
         {"path": "d.safetensors"},
     ]
     params = fakes.resolved(prompt="Bob at the sea", loras=loras).params
+    files: list[LoraFile | LoraError]
     files = [_file(0.8, "anna"), _file(0.9, "bob"), _file(), LoraError("gone")]
     settled, warnings = settle_loras(params, files)
     assert [x.scale for x in settled.loras] == [0.8, 0.5, 1.0, 1.0]

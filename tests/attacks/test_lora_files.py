@@ -4,7 +4,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -72,7 +72,7 @@ def test_the_bytes_in_use_are_klein_s_own(tmp_path: Path) -> None:
         assert len(bytes(view)) == entry.end - entry.begin
 
 
-def _layer(parts: dict[str, tuple[int, ...]], name: str = LAYER) -> dict[str, loras.Array]:
+def _layer(parts: Mapping[str, tuple[int, ...]], name: str = LAYER) -> dict[str, loras.Array]:
     return {f"{name}.{part}": loras.random(shape, 1) for part, shape in parts.items()}
 
 

@@ -17,5 +17,6 @@ def slow_to_json(result: Any, *rest: Any) -> dict[str, Any]:
     return to_json(result, *rest)
 
 
-Klein.inner.load = staticmethod(fakes.HungryPipeline)
-response.to_json = slow_to_json
+inner: Any = Klein.inner  # type: ignore[attr-defined]
+inner.load = staticmethod(fakes.HungryPipeline)
+response.to_json = slow_to_json  # type: ignore[assignment]

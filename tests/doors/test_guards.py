@@ -31,7 +31,7 @@ NO_KEY: list[dict[str, Any]] = [
 ANNA, OPS = "0123456789abcdef", "fedcba9876543210"
 
 
-def client(**settings: str) -> TestClient:
+def client(**settings: Any) -> TestClient:
     return TestClient(standalone(fakes.generator(fakes.FakePipeline(), **settings)))
 
 

@@ -3,6 +3,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -29,9 +30,10 @@ LEFT: list[KleinError] = []
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
     """The whole ASGI app of the service, as BentoML builds it, on the fake pipeline."""
-    service.Klein.inner.load = staticmethod(lambda: FAKE)
-    service.Klein.inner.request_restart = staticmethod(LEFT.append)
-    with TestClient(service.Klein.to_asgi()) as client:
+    klein: Any = service.Klein
+    klein.inner.load = staticmethod(lambda: FAKE)
+    klein.inner.request_restart = staticmethod(LEFT.append)
+    with TestClient(klein.to_asgi()) as client:
         while client.get("/readyz").status_code != 200:
             pass
         service.APP.state.generator.library = fakes.FakeLibrary()

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -80,9 +81,12 @@ def test_workers_on_one_volume_never_share_a_partial_file(tmp_path: Path) -> Non
     """Two that fetch the same at once write apart; what a dead one left is taken over."""
     one, two = (Store(tmp_path, 1e9, grace=0) for _ in range(2))
 
+    def whole(part: Path, _: Reserve) -> None:
+        part.write_bytes(b"whole")
+
     def nested(part: Path, _: Reserve) -> None:
         part.write_bytes(b"first half")
-        other = two.get("ref", lambda mine, _: mine.write_bytes(b"whole") and None, name="ref")
+        other = two.get("ref", whole, name="ref")
         assert other.read_bytes() == b"whole"
         assert part.read_bytes() == b"first half"
         part.write_bytes(b"whole")
@@ -202,7 +206,7 @@ def test_a_read_only_cache_is_used_and_not_needed(
         library = _library(server, tmp_path)
         library.find(LoraSpec(f"{server.url}/old"))
         monkeypatch.setattr(cache, "_writable", lambda _: False)
-        monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+        monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
         (tmp_path / "cache").chmod(0o555)
         library = _library(server, tmp_path)
         library.find(LoraSpec(f"{server.url}/old"))

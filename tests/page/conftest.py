@@ -2,12 +2,13 @@
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, sync_playwright
 
 from tests.support import live
 
@@ -19,7 +20,7 @@ NETWORK = "Failed to load resource"
 @contextmanager
 def server(
     home: Path, wait: bool = True, **extra: str
-) -> Iterator[tuple[str, "live.subprocess.Popen[bytes]"]]:
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """`bentoml serve` on a free port with LoRAs of its own, once it is ready."""
     loras = home / "loras"
     loras.mkdir()
@@ -72,16 +73,15 @@ def page(context: BrowserContext, url: str) -> Iterator[Page]:
 
 @contextmanager
 def watched(context: BrowserContext, refusals: bool = False) -> Iterator[Page]:
-    """A tab whose console stays clean; `refusals` allows the browser's lines on refused requests."""
+    """A tab whose console stays clean; `refusals` allows the lines on refused requests."""
     page, faults = context.new_page(), []
     page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on(
-        "console",
-        lambda line: (
-            line.type in ("error", "warning")
-            and not (refusals and line.text.startswith(NETWORK))
-            and faults.append(line.text)
-        ),
-    )
+
+    def on_console(line: ConsoleMessage) -> None:
+        allowed = refusals and line.text.startswith(NETWORK)
+        if line.type in ("error", "warning") and not allowed:
+            faults.append(line.text)
+
+    page.on("console", on_console)
     yield page
     assert faults == []

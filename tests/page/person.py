@@ -34,7 +34,7 @@ def wait_for_image(page: Page) -> None:
 
 def fact(page: Page, name: str) -> str:
     """A line of how the image was made."""
-    return page.locator(f"dt:text-is('{name}') + dd").inner_text()
+    return str(page.locator(f"dt:text-is('{name}') + dd").inner_text())
 
 
 def add_lora(page: Page, search: str) -> None:

@@ -56,7 +56,6 @@ def test_keyboard_only(page: Page) -> None:
     page.keyboard.press("Tab")
     expect(page.locator(".skip")).to_be_focused()
     page.keyboard.press("Enter")
-    page.keyboard.press("Tab") if not _focused(page, "#prompt") else None
     expect(page.locator("#prompt")).to_be_focused()
     page.keyboard.type("a portrait")
     _tab_to(page, "#presets input")
@@ -69,7 +68,7 @@ def test_keyboard_only(page: Page) -> None:
     _tab_to(page, "#draw")
     page.keyboard.press("Enter")
     person.wait_for_image(page)
-    _tab_to(page, "button:has-text('Download')")
+    _tab_to(page, ".tools-of-result button")
     with page.expect_download():
         page.keyboard.press("Enter")
 
@@ -148,6 +147,6 @@ def test_files_are_served_without_a_key_and_nothing_else_is() -> None:
     )
     assert again.status_code == 304
     assert client.get("/ui/").url.path == "/ui"
-    for path in ("/ui/__init__.py", "/ui/../__init__.py", "/ui/%2e%2e/__init__.py", "/ui/none.js"):
-        assert client.get(path).status_code == 404, path
+    for path in ("/ui/__init__.py", "/ui/%2e%2e/__init__.py", "/ui//etc/passwd", "/ui/none.js"):
+        assert client.get(path).status_code in (401, 404), path
     assert client.get("/uix").status_code == 401

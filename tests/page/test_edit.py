@@ -24,7 +24,9 @@ def _edit(page: Page, photo: Path) -> None:
 
 
 def _stroke(page: Page) -> None:
-    box = page.locator(".mask canvas").bounding_box()
+    canvas = page.locator(".mask canvas")
+    canvas.evaluate("canvas => canvas.scrollIntoView({ block: 'center' })")
+    box = canvas.bounding_box()
     assert box
     page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * 0.5)
     page.mouse.down()
@@ -37,7 +39,8 @@ def _painted(page: Page) -> float:
     return float(
         page.locator(".mask canvas").evaluate(
             """canvas => {
-                const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+                const { width, height } = canvas;
+                const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
                 let painted = 0;
                 for (let at = 3; at < data.length; at += 4) painted += data[at] > 127;
                 return (4 * painted) / data.length;
@@ -101,7 +104,7 @@ def test_extend_by_dragging_and_by_number(page: Page, photo: Path) -> None:
     _edit(page, photo)
     page.locator("#editor").get_by_text("Extend", exact=True).click()
     handle = page.get_by_role("slider", name="Extend right")
-    handle.scroll_into_view_if_needed()
+    handle.evaluate("handle => handle.scrollIntoView({ block: 'center' })")
     box = handle.bounding_box()
     assert box
     page.mouse.move(box["x"] + 5, box["y"] + 20)

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klein.errors import InvalidRequest
-from klein.lora.file import Identity, LoraDefaults, LoraFile
+from klein.lora.file import Identity, LoraFile
+from klein.lora.metadata import LoraDefaults
 from klein.models.catalog import MODELS
 from klein.request.presets import PRESETS
 from klein.request.resolve import Resolved, resolve

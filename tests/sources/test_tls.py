@@ -51,6 +51,7 @@ def host(certificate: Path) -> Iterator[str]:
     threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
     yield f"localhost:{server.server_port}"
     server.shutdown()
+    server.server_close()
 
 
 def test_a_certificate_nobody_vouches_for_is_refused(host: str) -> None:

@@ -21,6 +21,7 @@ from klein.app.metrics import METRICS
 from klein.entrypoints.cli.exit_codes import exit_code
 from klein.entrypoints.http.app import create_app
 from klein.entrypoints.http.errors import http_status
+from klein.entrypoints.http.openai import schema as openai
 from klein.errors import KleinError
 from klein.models import speed
 from klein.models.catalog import GB, MODELS
@@ -214,6 +215,23 @@ def _default(value: object) -> str:
     return str(value) if value else ""
 
 
+def _openai_fields() -> str:
+    rows = [(f"`{row.name}`", row.doc) for row in openai.ALIASES]
+    rows += [
+        (f"`{name}`", f"no effect, with a warning: {why}") for name, why in openai.IGNORED.items()
+    ]
+    rows += [(f"`{name}`", f"refused: {why}") for name, why in openai.REFUSED.items()]
+    return _table(("OpenAI's field", "in klein"), rows)
+
+
+def _openai_qualities() -> str:
+    rows = []
+    for name, preset in openai.QUALITIES.items():
+        capped = ", with a warning" if name in openai.CAPPED else ""
+        rows.append((f"`{name}`", f"`{preset or DEFAULT_PRESET}`{capped}"))
+    return _table(("`quality`", "`preset`"), rows)
+
+
 def _errors() -> str:
     classes = [
         c
@@ -317,6 +335,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "options": _options,
     "settings": _settings,
     "errors": _errors,
+    "openai-fields": _openai_fields,
+    "openai-qualities": _openai_qualities,
     "routes": _routes,
     "metrics": _metrics,
     "tree": _tree,

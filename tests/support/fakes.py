@@ -35,6 +35,7 @@ from klein.models.catalog import MODELS
 from klein.request.resolve import Resolved, resolve
 from klein.request.schema import GenerateRequest, parse
 from klein.settings import Settings
+from klein.sources.transport import OnBytes
 
 INFO = ModelInfo(
     id="nano",
@@ -119,9 +120,7 @@ class FakeLibrary(LoraLibrary):
         self.fetched = threading.Event()
         self.fetched.set()
 
-    def find(
-        self, spec: LoraSpec, on_bytes: Callable[[int, int | None], None], **_: Any
-    ) -> LoraFile:
+    def find(self, spec: LoraSpec, on_bytes: OnBytes = lambda *_: None, **_: Any) -> LoraFile:
         self.asked.append(spec.path)
         while not self.fetched.wait(0.01):
             on_bytes(0, None)
@@ -170,8 +169,10 @@ def result(
 
 def _report(spec: LoraSpec) -> LoraReport:
     if spec.path.startswith("missing"):
-        return LoraReport(spec.path, spec.scale, applied=False, error="not there")
-    return LoraReport(spec.path, spec.scale, True, None, "ab" * 32, "ai-toolkit", 8, 4, 4, 1.0, 0.1)
+        return LoraReport(spec.path, spec.scale or 0.0, applied=False, error="not there")
+    return LoraReport(
+        spec.path, spec.scale or 0.0, True, None, "ab" * 32, "ai-toolkit", 8, 4, 4, 1.0, 0.1
+    )
 
 
 def picture(params: GenerationParams, seed: int, noise: bool) -> Image.Image:

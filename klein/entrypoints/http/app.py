@@ -17,6 +17,8 @@ from klein.entrypoints.http.limits import MB, LimitRequests
 from klein.entrypoints.http.openai import routes as openai
 from klein.settings import Settings
 
+PLAYGROUND = "To draw and try everything without a line of code: [the page](ui)."
+"""Above the routes in `/docs`."""
 Middleware = tuple[Any, dict[str, Any]]
 """A class of ASGI middleware, and its options."""
 
@@ -24,7 +26,12 @@ Middleware = tuple[Any, dict[str, Any]]
 def create_app() -> FastAPI:
     """The app; it answers for a generator once `connect` has given it one."""
     app = FastAPI(
-        title="klein", version=__version__, docs_url=None, redoc_url=None, lifespan=_lifespan
+        title="klein",
+        version=__version__,
+        description=PLAYGROUND,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=_lifespan,
     )
     for room in (generate, openai, jobs, catalog, loras, playground):
         app.include_router(room.router)

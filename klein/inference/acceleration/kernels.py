@@ -366,13 +366,13 @@ def join_heads(
 
 
 def swiglu(
-    hidden: Tensor, gate_at: int, attended: Tensor | None, skip: int, quantise: bool
+    hidden: Tensor, gate_at: int, attended: Tensor | None, start: int, stop: int, quantise: bool
 ) -> tuple[Tensor, Tensor]:
-    """As `ops.swiglu`; returns rows and scales."""
+    """As `ops.swiglu` for tokens `start` to `stop`; returns rows and scales."""
     batch, total, row = hidden.shape
     middle = (row - gate_at) // 2
     width = 0 if attended is None else attended.shape[-1]
-    tokens = total - skip
+    tokens = stop - start
     out, scales = _out(batch * tokens, width + middle, hidden, quantise)
     _swiglu[(batch * tokens,)](
         hidden,
@@ -380,7 +380,7 @@ def swiglu(
         out,
         scales,
         tokens,
-        skip,
+        start,
         total,
         ROW=row,
         GATE_AT=gate_at,

@@ -142,20 +142,25 @@ def _turned(
 
 
 def swiglu(
-    hidden: Tensor, gate_at: int, quantised: bool, attended: Tensor | None = None, skip: int = 0
+    hidden: Tensor,
+    gate_at: int,
+    quantised: bool,
+    attended: Tensor | None = None,
+    keep: tuple[int, int] | None = None,
 ) -> Tensor | Rows:
     """silu(gate) · up, where gate and up are the columns from `gate_at` on.
 
     `hidden` is a contiguous (batch, tokens, width); `attended` (batch, tokens, n), if there is one,
-    goes before the result. The first `skip` tokens are left out.
+    goes before the result. Only tokens `keep[0]` to `keep[1]` are made, all without it.
     """
+    start, stop = keep or (0, hidden.shape[1])
     if kernels := _kernels(hidden):
-        made = kernels.swiglu(hidden, gate_at, attended, skip, quantised)
+        made = kernels.swiglu(hidden, gate_at, attended, start, stop, quantised)
         return _rows(made, len(hidden), quantised)
-    gate, up = hidden[:, skip:, gate_at:].float().chunk(2, -1)
+    gate, up = hidden[:, start:stop, gate_at:].float().chunk(2, -1)
     out = F.silu(gate) * up
     if attended is not None:
-        out = torch.cat([attended[:, skip:].float(), out], -1)
+        out = torch.cat([attended[:, start:stop].float(), out], -1)
     return _as_rows(out, hidden.dtype, quantised)
 
 

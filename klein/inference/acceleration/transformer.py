@@ -58,7 +58,7 @@ class FusedForward:
         self._heads = model.config.num_attention_heads
         self._dim = model.config.attention_head_dim
         self._eps = model.config.eps
-        self._rope: tuple[Tensor, int, Tensor, Tensor] | None = None
+        self._positions: _Positions | None = None
 
     def __call__(
         self,
@@ -69,36 +69,37 @@ class FusedForward:
         txt_ids: Tensor,
         **_: Any,
     ) -> tuple[Tensor]:
-        """Velocities (n, image tokens, 128) of latents of that shape, or of one (1, …) for n texts.
+        """Velocities (n, image tokens, 128) for n texts, of latents (n or 1, tokens, 128).
 
-        `encoder_hidden_states` (n, text tokens, joint_attention_dim), `timestep` 0 to 1 and the
-        same for the whole batch; ids as the pipeline makes them.
+        The tokens are those of the image, with time id 0, and then those of references, whose
+        velocities nobody needs. `encoder_hidden_states` (n, text tokens, joint_attention_dim),
+        `timestep` 0 to 1 and the same for the whole batch; ids as the pipeline makes them.
         """
         model = self._model
         steps = model.time_guidance_embed(timestep[:1].to(hidden_states.dtype) * 1000, None)
-        text = encoder_hidden_states.shape[1]
-        rope = self._angles(img_ids, txt_ids)
+        at = self._located(img_ids, txt_ids)
         on_image, on_text = model.double_stream_modulation_img, model.double_stream_modulation_txt
         x = self._double_blocks(
             _Stream(model.x_embedder(hidden_states), on_image(steps)[0].chunk(6)),
             _Stream(model.context_embedder(encoder_hidden_states), on_text(steps)[0].chunk(6)),
-            rope,
+            at.rope,
         )
         shift, scale, gate = model.single_stream_modulation(steps)[0].chunk(3)
-        x, added = self._single_blocks(x, shift, scale, gate, rope, text)
+        x, added = self._single_blocks(x, shift, scale, gate, at)
         scale, shift = model.norm_out.linear(model.norm_out.silu(steps))[0].chunk(2)
         out = norm_modulate(x, shift, scale, self._eps, False, added)
         return (model.proj_out(out),)
 
-    def _angles(self, img_ids: Tensor, txt_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (all tokens, dim), text first; made once for a picture's steps."""
-        text = txt_ids.shape[-2]
-        if self._rope is None or self._rope[0] is not img_ids or self._rope[1] != text:
+    def _located(self, img_ids: Tensor, txt_ids: Tensor) -> "_Positions":
+        """Where the tokens are; made once for a picture's steps."""
+        text, known = txt_ids.shape[-2], self._positions
+        if known is None or known.img_ids is not img_ids or known.image[0] != text:
             ids = [each[0] if each.ndim == 3 else each for each in (txt_ids, img_ids)]
             tables = [self._model.pos_embed(each) for each in ids]
             cosine, sine = (torch.cat(parts) for parts in zip(*tables, strict=True))
-            self._rope = img_ids, text, cosine, sine
-        return self._rope[2:]
+            image = text, text + int((ids[1][:, 0] == 0).sum())
+            self._positions = known = _Positions(img_ids, (cosine, sine), image)
+        return known
 
     def _double_blocks(self, image: "_Stream", text: "_Stream", rope: Any) -> Tensor:
         """Both streams through the double blocks; joined, text first.
@@ -128,7 +129,7 @@ class FusedForward:
         return torch.cat([text.summed(), image.summed()], 1)
 
     def _single_blocks(
-        self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, rope: Any, text: int
+        self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, at: "_Positions"
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """The image tokens after all single blocks but the last's addition, and that addition."""
         added = None
@@ -139,15 +140,25 @@ class FusedForward:
             normed = norm_modulate(x, shift, scale, self._eps, fp8, added)
             hidden = linear(attn.to_qkv_mlp_proj, normed)
             norms = attn.norm_q.weight, attn.norm_k.weight
-            attn_out = self._attended(*split_heads(hidden, self._heads, norms, rope, self._eps))
-            skip = text if block is blocks[-1] else 0
-            fed = swiglu(hidden, 3 * self._heads * self._dim, fp8, attn_out, skip)
+            attn_out = self._attended(*split_heads(hidden, self._heads, norms, at.rope, self._eps))
+            keep = at.image if block is blocks[-1] else None
+            fed = swiglu(hidden, 3 * self._heads * self._dim, fp8, attn_out, keep)
             added = gate, linear(attn.to_out, fed)
-        return x[:, text:].contiguous(), added
+        return x[:, slice(*at.image)].contiguous(), added
 
     def _attended(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(batch, tokens, heads · dim), contiguous."""
         return self._attend(q, k, v).flatten(2).contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class _Positions:
+    """Of all tokens: text, image, references. `rope` cosines and sines (all tokens, dim), `image`
+    the first and the end of the image's tokens; `img_ids` are what they were made from."""
+
+    img_ids: Tensor
+    rope: tuple[Tensor, Tensor]
+    image: tuple[int, int]
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from klein.entrypoints.http.openai.schema import REFUSED, ImageRequest, refusal
+from klein.entrypoints.http.openai.schema import REFUSED, ImageRequest, refusal, renamed
 from klein.errors import Cancelled, InvalidRequest, RequestTooLarge
 from klein.request.images import MAX_BYTES, MAX_IMAGES
 from klein.request.schema import invalid
@@ -30,6 +30,7 @@ and the others are references."""
 FILLED_IN = ("images", "init_image")
 """klein's fields that this route makes of `image`."""
 
+_SCHEMA = ImageRequest.model_json_schema()
 _NAME = re.compile(r"(\w{1,100})(\[\])?(?:\[(\w{1,100})\])?")
 
 
@@ -122,7 +123,7 @@ def _place(images: list[str], values: dict[str, Any]) -> dict[str, str]:
     if len(images) > MAX_IMAGES:
         raise InvalidRequest(f"image: {MAX_IMAGES} are the most", field="image")
     names = {}
-    first = any(values.get(field) is not None for field in STARTS_FROM_FIRST)
+    first = int(any(values.get(field) is not None for field in STARTS_FROM_FIRST))
     if first:
         values["init_image"] = images[0]
         names["init_image"] = "image[0]"
@@ -136,7 +137,8 @@ def _validated(values: dict[str, Any], names: dict[str, str]) -> ImageRequest:
     try:
         return ImageRequest.model_validate(values)
     except ValidationError as error:
-        raise invalid(error.errors(include_url=False, include_input=False)) from error
+        fault = invalid(error.errors(include_url=False, include_input=False))
+        raise renamed(fault, names) from error
 
 
 # -- texts to values -------------------------------------------------------------------------------
@@ -151,10 +153,9 @@ def _values(texts: Iterable[tuple[str, str]]) -> dict[str, Any]:
             raise InvalidRequest(f"{name[:80]!r} is no name of a field", field=name[:80])
         key, many, part = match.groups()
         found.setdefault(key, {}).setdefault((bool(many), part or ""), []).append(text)
-    schema = ImageRequest.model_json_schema()
+    properties = _SCHEMA["properties"]
     return {
-        key: _typed(_joined(key, parts), schema["properties"].get(key, {}), schema)
-        for key, parts in found.items()
+        key: _typed(_joined(key, parts), properties.get(key, {})) for key, parts in found.items()
     }
 
 
@@ -173,22 +174,22 @@ def _joined(key: str, parts: dict[tuple[bool, str], list[str]]) -> Any:
     return rows if True in many else rows[0]
 
 
-def _typed(value: Any, schema: dict[str, Any], whole: dict[str, Any]) -> Any:
+def _typed(value: Any, schema: dict[str, Any]) -> Any:
     """`value` with every text that the schema does not want as text read as JSON."""
-    options = [_resolved(each, whole) for each in schema.get("anyOf", [schema])]
+    options = [_resolved(each) for each in schema.get("anyOf", [schema])]
     kinds = {each.get("type"): each for each in options}
     if isinstance(value, str):
         return value if "string" in kinds else _json(value)
     if isinstance(value, list):
         items = kinds.get("array", {}).get("items", {})
-        return [_typed(each, items, whole) for each in value]
+        return [_typed(each, items) for each in value]
     properties = kinds.get("object", {}).get("properties", {})
-    return {key: _typed(each, properties.get(key, {}), whole) for key, each in value.items()}
+    return {key: _typed(each, properties.get(key, {})) for key, each in value.items()}
 
 
-def _resolved(schema: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+def _resolved(schema: dict[str, Any]) -> dict[str, Any]:
     name = schema.get("$ref", "").removeprefix("#/$defs/")
-    found: dict[str, Any] = whole["$defs"][name] if name else schema
+    found: dict[str, Any] = _SCHEMA["$defs"][name] if name else schema
     return found
 
 

@@ -68,6 +68,12 @@ async def edit_images(request: Request) -> Response:
     return await _draw(translate(form.body, form.names), form.body.model, request, Kind.EDIT)
 
 
+@router.post("/images/variations", include_in_schema=False)
+async def vary_images() -> None:
+    """Refuse what only OpenAI's retired models did."""
+    raise NotFound("variations are not made here: send the image to /v1/images/edits")
+
+
 @router.get("/models", responses=OPENAI_ERRORS)
 async def list_models(request: Request) -> dict[str, Any]:
     """The loaded model as OpenAI's list."""

@@ -147,7 +147,7 @@ class Asked:
         try:
             yield
         except KleinError as error:
-            raise _renamed(error, self.names) from error
+            raise renamed(error, self.names) from error
 
 
 def translate(body: ImageRequest, names: dict[str, str]) -> Asked:
@@ -170,7 +170,7 @@ def translate(body: ImageRequest, names: dict[str, str]) -> Asked:
     try:
         request = parse(values)
     except InvalidRequest as error:
-        raise _renamed(error, names) from error
+        raise renamed(error, names) from error
     if body.stream and request.return_type == "url":
         field = names.get("return_type", "return_type")
         raise InvalidRequest(f"{field}: events carry b64_json; leave {field} out", field=field)
@@ -212,7 +212,8 @@ def _warnings(given: dict[str, Any], request: GenerateRequest) -> Iterator[str]:
         yield "partial_images has no effect: it acts with stream"
 
 
-def _renamed(error: KleinError, names: dict[str, str]) -> KleinError:
+def renamed(error: KleinError, names: dict[str, str]) -> KleinError:
+    """`error` with the caller's name for its field."""
     name = names.get(error.field or "")
     if name is None:
         return error

@@ -1,6 +1,7 @@
 """An image under way as server-sent events: partial images, then the finished ones."""
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections import Counter
@@ -40,8 +41,9 @@ class Drawing:
         self._work.add_done_callback(self._ended)
 
     def _receive(self, preview: Preview) -> None:
-        """Callable in any thread."""
-        self._loop.call_soon_threadsafe(self._hear, preview)
+        """Callable in any thread; a loop that is gone has nobody left to tell."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._hear, preview)
 
     def _hear(self, news: Preview | None) -> None:
         self._news.put_nowait(news)

@@ -215,7 +215,7 @@ function explain(error, again) {
 
 function open(rows, n) {
   shown = rows[n];
-  stage.result(rows, n, { select: (at) => open(rows, at), actions: (row) => actionsOf(row, rows) });
+  stage.result(rows, n, { select: (at) => open(rows, at), actions: actionsOf, notes: details.notes(shown) });
   details.show(shown, routes);
   gallery.mark(shown);
 }
@@ -352,7 +352,7 @@ async function takeTables() {
   const { model } = told;
   $("model").replaceChildren(
     ...(model
-      ? [h("strong", {}, model.name), ` ${model.speed} on ${model.device}`, h("span", { class: "license" }, ` · ${model.license}`)]
+      ? [h("strong", {}, model.name), ` · ${model.speed} · ${model.device}`, h("span", { class: "license" }, ` · ${model.license}`)]
       : ["ready"]),
   );
   $("model").title = model?.speed_why || "";

@@ -1,4 +1,4 @@
-// Beside the image: how it was made, what its LoRAs did, and the request to take away.
+// About the image: what its LoRAs did, how it was made, and the request to take away.
 
 import { $, button, h, icon, seconds, toast } from "./dom.js";
 import { told } from "./loras.js";
@@ -9,29 +9,22 @@ let tab = 0;
 export function show(row, routes) {
   if (!row) return $("details").replaceChildren();
   $("details").replaceChildren(
-    ...[warnings(row), report(row), facts(row), take(row, routes)].filter(Boolean),
+    facts(row),
+    take(row, routes),
   );
 }
 
-function warnings(row) {
-  if (!row.warnings.length) return null;
+/** Under the image: warnings, and what its LoRAs did. */
+export function notes(row) {
+  const mark = (glyph, text, failed) =>
+    h("li", { class: failed ? "failed" : "" }, icon(glyph), h("span", {}, text));
+  const warnings = row.warnings.map((text) => mark("warn", text));
+  const reports = row.loras.map((lora) => mark(lora.applied ? "check" : "warn", told(lora), !lora.applied));
   return h(
-    "section",
-    { class: "card warned", "aria-label": "Warnings" },
-    h("h2", {}, icon("warn"), row.warnings.length > 1 ? "Warnings" : "Warning"),
-    h("ul", {}, ...row.warnings.map((text) => h("li", {}, text))),
-  );
-}
-
-function report(row) {
-  if (!row.loras.length) return null;
-  const line = (lora) =>
-    h("li", { class: lora.applied ? "" : "failed" }, icon(lora.applied ? "check" : "warn"), h("span", {}, told(lora)));
-  return h(
-    "section",
-    { class: "card", id: "report", "aria-label": "What the LoRAs did" },
-    h("h2", {}, "What the LoRAs did"),
-    h("ul", { class: "marks" }, ...row.loras.map(line)),
+    "div",
+    { class: "notes" },
+    reports.length ? h("ul", { class: "marks", id: "report", "aria-label": "What the LoRAs did" }, ...reports) : null,
+    warnings.length ? h("ul", { class: "warned", "aria-label": "Warnings" }, ...warnings) : null,
   );
 }
 

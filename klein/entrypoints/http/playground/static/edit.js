@@ -174,6 +174,7 @@ export class Edit {
   }
 
   editorParts() {
+    this.fields.strength.suggest(this.mode === "repaint" ? 1 : undefined);
     const modes = h("div", { class: "ratios", role: "radiogroup", "aria-label": "What to do with the image" });
     radios(modes, "edit-mode", MODES.map(([value, text]) => [value, h("span", {}, text)]), (mode) => {
       this.mode = mode;

@@ -88,18 +88,19 @@ function text(id, shape, docs, onchange) {
 }
 
 function number(id, shape, docs, onchange) {
-  const min = shape.minimum ?? shape.exclusiveMinimum;
-  const max = shape.maximum;
+  const min = shape.minimum ?? shape.ge ?? shape.exclusiveMinimum ?? shape.gt;
+  const max = shape.maximum ?? shape.le;
   const step = shape.type === "integer" ? 1 : max - min > 5 ? 0.1 : 0.05;
-  const low = shape.minimum ?? step;
+  const low = shape.minimum ?? shape.ge ?? step;
   const input = h("input", {
     id, type: "number", min: low, max, step: shape.type === "integer" ? 1 : "any", inputmode: "decimal",
   });
   const slider = max - min <= SLIDER_SPAN
-    ? h("input", { type: "range", min: low, max, step, tabindex: -1, "aria-hidden": true })
+    ? h("input", { type: "range", min: low, max, step, tabindex: -1, "aria-label": `${shape.title || id}, as a slider` })
     : null;
   const reset = button("", () => (set(), onchange()), { glyph: "x", label: `${shape.title || id}: leave it open` });
-  let suggested = shape.default ?? null;
+  const standard = shape.default ?? shape.description?.match(/([\d.]+) if left out/)?.[1] ?? null;
+  let suggested = standard;
   const shown = () => {
     reset.hidden = input.value === "";
     if (slider) slider.value = input.value || suggested || low;
@@ -109,7 +110,7 @@ function number(id, shape, docs, onchange) {
     shown();
   };
   const suggest = (value) => {
-    suggested = value ?? shape.default ?? null;
+    suggested = value ?? standard;
     input.placeholder = suggested ?? "";
     shown();
   };

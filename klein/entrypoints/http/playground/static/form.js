@@ -12,7 +12,7 @@ const PLACED = new Set([
 const RATIOS = ["1:1", "4:5", "2:3", "9:16", "5:4", "3:2", "16:9"];
 const PRESETS_NATIVE = 1024;
 
-const words = (name) => (name[0].toUpperCase() + name.slice(1)).replaceAll("_", " ");
+const words = (name) => (name[0].toUpperCase() + name.slice(1)).replaceAll("_", " ").replace(/\bhd\b/, "HD");
 
 export class Form {
   constructor(onchange) {
@@ -33,7 +33,8 @@ export class Form {
     const before = this.schema ? this.read() : null;
     this.schema = capabilities.request.properties;
     this.limits = capabilities.limits;
-    this.native = capabilities.model?.spec.native_size || PRESETS_NATIVE;
+    this.model = capabilities.model?.spec || {};
+    this.native = this.model.native_size || PRESETS_NATIVE;
     this.presets = Object.fromEntries(presets.presets.map((row) => [row.name, row]));
     this.makePresets(presets.default);
     this.makeRatios();
@@ -125,11 +126,17 @@ export class Form {
     const image = this.ratio === "auto" && this.fromImage;
     const [width, height] = this.size() || this.presetSize();
     $("preset-purpose").textContent =
-      `${preset.purpose}: ${preset.num_inference_steps} steps, guidance ${preset.guidance_scale}`;
+      `${preset.purpose}: ${this.suggested("num_inference_steps")} steps, guidance ${this.suggested("guidance_scale")}`;
     $("size-told").textContent = image ? "as the image that you edit" : `${width} × ${height} pixels`;
-    for (const [name, made] of Object.entries(this.fields)) made.suggest(preset[name]);
+    for (const [name, made] of Object.entries(this.fields)) made.suggest(this.suggested(name));
     const changed = Object.values(this.fields).filter((made) => made.get() !== undefined).length;
     $("advanced-told").textContent = changed ? `${changed} changed` : "";
+  }
+
+  /** What klein takes for a field that is left open. */
+  suggested(name) {
+    const [value, most] = [this.preset[name], this.model[name]];
+    return name === "max_sequence_length" && most ? Math.min(value, most) : (most ?? value);
   }
 
   get locked() {
@@ -174,7 +181,7 @@ export class Form {
     if (input.width && input.height) this.fit(input.width, input.height);
     this.seed(input.seed);
     for (const [name, made] of Object.entries(this.fields)) {
-      made.set(input[name] === this.preset[name] ? undefined : input[name]);
+      made.set(input[name] === this.suggested(name) ? undefined : input[name]);
     }
     this.tell();
     this.onchange();

@@ -17,7 +17,7 @@ export class Mask {
       width: this.width, height: this.height, tabindex: 0, role: "application",
       "aria-label": "Mask: arrow keys move, space paints",
     });
-    this.context = this.canvas.getContext("2d");
+    this.context = this.canvas.getContext("2d", { willReadFrequently: true });
     this.pointer = h("i", { class: "brush", hidden: true });
     this.element = h(
       "div",
@@ -73,7 +73,7 @@ export class Mask {
       this.show(at(event));
       if (!this.stroke) return;
       this.stroke.points.push(at(event));
-      this.draw({ ...this.stroke, points: this.stroke.points.slice(-2) });
+      this.draw(this.stroke, this.stroke.points.length - 1);
     });
     canvas.addEventListener("pointerup", () => ((this.stroke = null), this.onchange()));
     canvas.addEventListener("pointerleave", () => (this.pointer.hidden = true));
@@ -123,7 +123,7 @@ export class Mask {
     this.onchange();
   }
 
-  draw(step) {
+  draw(step, first = 0) {
     const { context } = this;
     context.save();
     context.fillStyle = context.strokeStyle = PAINT;
@@ -133,19 +133,24 @@ export class Mask {
       context.globalCompositeOperation = "source-out";
       context.fillRect(0, 0, this.width, this.height);
     }
-    if (step.kind === "stroke") this.line(step);
+    if (step.kind === "stroke") this.line(step, first);
     context.restore();
   }
 
-  line({ points, size, erasing }) {
+  /** The stroke from point number `first` on, piece by piece, so that undo finds the same pixels. */
+  line({ points, size, erasing }, first) {
     const { context } = this;
     context.globalCompositeOperation = erasing ? "destination-out" : "source-over";
     context.lineWidth = size;
-    context.lineCap = context.lineJoin = "round";
-    context.beginPath();
-    context.moveTo(...points[0]);
-    for (const point of points.length > 1 ? points.slice(1) : points) context.lineTo(...point);
-    context.stroke();
+    context.lineCap = "round";
+    for (let n = first; n < points.length; n++) {
+      context.beginPath();
+      if (n === 0) context.arc(...points[0], size / 2, 0, 2 * Math.PI);
+      else context.moveTo(...points[n - 1]);
+      context.lineTo(...points[n]);
+      if (n === 0) context.fill();
+      else context.stroke();
+    }
   }
 
   /** The mask as a data URI: white is repainted. */

@@ -73,7 +73,7 @@ const extension = (row) => row.blob.type.split("/")[1].replace("jpeg", "jpg");
 export const fileName = (row) => `klein-${row.id}-seed-${row.seed}.${extension(row)}`;
 
 /** Images that were drawn together, one of them large, with what can be done next. */
-export function result(rows, n, { select, actions }) {
+export function result(rows, n, { select, actions, notes }) {
   const row = rows[n];
   const large = h("img", { src: urlOf(row), alt: row.parameters.prompt, class: "drawn" });
   large.style.setProperty("--ratio", row.width / row.height);
@@ -88,5 +88,6 @@ export function result(rows, n, { select, actions }) {
     ...(others ? [others] : []),
     h("div", { class: "row center tools-of-result", role: "toolbar", "aria-label": "With this image" },
       ...actions(row).map(([text, glyph, act, label]) => button(text, act, { glyph, class: "small", ...(label ? { label } : {}) }))),
+    notes,
   );
 }

@@ -60,7 +60,7 @@ export class Sweep {
     if (!base) return;
     base.seed ??= Math.floor(Math.random() * 2 ** 32);
     delete base.num_images;
-    this.start(values.map((value) => ({ input: set(base, what, value), label: `${name} ${value}` })));
+    this.start(values.map((value) => ({ input: set(base, what, value), label: `${name.replace("scale of ", "")} ${value}` })));
   }
 }
 

@@ -1,0 +1,65 @@
+"""Which weight change the tensors of each kind of LoRA make, by their shapes alone."""
+
+import math
+from collections.abc import Mapping
+
+from klein.sources.safetensors import Shape
+
+
+def measure(kind: str, own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:
+    """Rank and (out, in) shape of the weight change that tensors of these shapes make.
+
+    Raises KeyError or ValueError where they do not fit together.
+    """
+    if math.prod(own.get("alpha", ())) != 1:
+        raise ValueError("alpha")
+    rank, shape = _MEASURES[kind](own)
+    if 0 in shape:
+        raise ValueError("empty")
+    return rank, shape
+
+
+def _lora(own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:
+    (rank, columns), (rows, same) = own["down"], own["up"]
+    if rank != same or rank == 0 or math.prod(own.get("magnitude", (rows,))) != rows:
+        raise ValueError("lora")
+    return rank, (rows, columns)
+
+
+def _diff(own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:
+    rows, columns = own["diff"]
+    return 0, (rows, columns)
+
+
+def _loha(own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:
+    (rows, rank), (rank_b, columns) = own["hada_w1_a"], own["hada_w1_b"]
+    if (own["hada_w2_a"], own["hada_w2_b"]) != ((rows, rank), (rank, columns)):
+        raise ValueError("loha")
+    if rank != rank_b or rank == 0:
+        raise ValueError("loha")
+    return rank, (rows, columns)
+
+
+def _lokr(own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:
+    (rows1, columns1), rank1 = _factor("lokr_w1", own)
+    (rows2, columns2), rank2 = _factor("lokr_w2", own)
+    return max(rank1, rank2), (rows1 * rows2, columns1 * columns2)
+
+
+_MEASURES = {
+    "lora": _lora,
+    "dora": _lora,
+    "diff": _diff,
+    "loha": _loha,
+    "lokr": _lokr,
+}
+
+
+def _factor(part: str, own: Mapping[str, Shape]) -> tuple[tuple[int, int], int]:
+    if part in own:
+        rows, columns = own[part]
+        return (rows, columns), 0
+    (rows, rank), (same, columns) = own[f"{part}_a"], own[f"{part}_b"]
+    if rank != same or rank == 0:
+        raise ValueError(part)
+    return (rows, columns), rank
