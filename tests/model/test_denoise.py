@@ -45,25 +45,29 @@ def _drawn(forward: Any, one: Run, text: Embeddings, **values: Any) -> tuple[Ten
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_skipped_steps_go_on_in_a_straight_line(batched: bool) -> None:
-    """A velocity that is linear in the noise level is met exactly, in both branches."""
-    given: list[float] = []
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+def test_a_line_is_extrapolated_exactly(scale: float, batched: bool) -> None:
+    """Velocities that lie on a line over the noise levels, with three of eight steps skipped."""
+    calls: list[float] = []
 
-    def forward(
-        hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **_: Any
-    ) -> tuple[Tensor]:
-        given.append(float(timestep))
-        slope = encoder_hidden_states
-        return ((slope * timestep + slope - 1).expand(-1, *hidden_states.shape[1:]),)
+    def forward(timestep: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
+        calls.append(float(timestep))
+        branch = encoder_hidden_states[:, :1, :1]
+        return ((1 + branch) * timestep + branch,)
 
-    one = Run(LEVELS, SAMPLERS["euler"], 2.0, batched_cfg=batched, skipping=StepSkipping(2, 3))
-    _, steps = _drawn(forward, one, _text(3.0, 1.0))
-    computed = [1.0, 0.95, 0.9, 0.5, 0.1]
-    assert given == pytest.approx(computed if batched else [t for t in computed for _ in "ab"])
-    assert one.computed == len(computed)
-    for step, sigma in zip(steps, LEVELS, strict=False):
-        expected = sigma + 2 * (3 * sigma + 2 - sigma)
-        assert step.velocity.flatten().tolist() == pytest.approx([expected] * 6, abs=1e-5)
+    skipping = StepSkipping(first=2, every=3)
+    one = Run(LEVELS, SAMPLERS["euler"], scale, batched_cfg=batched, skipping=skipping)
+    text = Embeddings(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
+    steps: list[Step] = []
+    denoise(forward, one, text, Tokens(torch.zeros(1, 1, 1), torch.zeros(1, 1, 4)), steps.append)
+    for sigma, step in zip(LEVELS, steps, strict=False):
+        positive, negative = sigma, 2 * sigma + 1
+        guided = negative + scale * (positive - negative)
+        assert float(step.velocity) == pytest.approx(guided, abs=1e-5)
+    assert len(steps) == one.steps == 8
+    assert calls[:: 1 if batched else 2] == pytest.approx([1.0, 0.95, 0.9, 0.5, 0.1])
+    assert len(calls) == one.computed * (1 if batched else 2)
+    assert one.computed == 5
 
 
 def test_the_line_is_right_where_timesteps_share_a_rounded_value() -> None:

@@ -9,18 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from klein.core import Delivery, GenerationResult
 from klein.errors import ModelUnavailable
 from klein.inference.acceleration import attention, ops
 from klein.inference.acceleration import vae as decoder
 from klein.inference.acceleration.transformer import FusedForward, block_linears
-from klein.inference.denoise import Embeddings, Run, Step, Tokens, denoise
 from klein.inference.offload import ModelOffloader
 from klein.inference.pipeline import KleinPipeline
-from klein.models.samplers import SAMPLERS
-from klein.models.speed import STEP_SKIPPING, StepSkipping
+from klein.models.speed import STEP_SKIPPING
 from klein.output import response
 from tests.model.conftest import drawer, load, planned, with_loras
 from tests.support import loras, tiny
@@ -61,7 +58,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", REQUESTS)
 def test_pictures_against_eager(tier: KleinPipeline, eager: KleinPipeline, name: str) -> None:
     """exact is within 2 of 255 in every pixel; the others' difference is printed and bounded."""
-    steps = SAMPLERS["euler"].skips_from if tier.info.speed == "turbo" else 8
+    steps = 20 if tier.info.speed == "turbo" else 8
     values = {"prompt": "a woman with a green hat", "num_inference_steps": steps, **REQUESTS[name]}
     made, expected = drawer(tier)(**values), drawer(eager)(**values)
     worst, mean = _worst_and_mean(made, expected)
@@ -97,33 +94,6 @@ def test_base_lora_base_is_bit_identical(tier: KleinPipeline) -> None:
     report = changed.loras[0]
     assert report.applied
     assert report.relative_change
-
-
-@pytest.mark.parametrize("batched", [False, True])
-@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
-def test_a_line_is_extrapolated_exactly(scale: float, batched: bool) -> None:
-    """Velocities that lie on a line over the noise levels, with three of eight steps skipped."""
-    calls: list[float] = []
-
-    def forward(timestep: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
-        calls.append(float(timestep))
-        branch = encoder_hidden_states[:, :1, :1]
-        return ((1 + branch) * timestep + branch,)
-
-    sigmas = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3, 0.1, 0.0)
-    skipping = StepSkipping(first=2, every=3)
-    run = Run(sigmas, SAMPLERS["euler"], scale, batched_cfg=batched, skipping=skipping)
-    text = Embeddings(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
-    steps: list[Step] = []
-    denoise(forward, run, text, Tokens(torch.zeros(1, 1, 1), torch.zeros(1, 1, 4)), steps.append)
-    for sigma, step in zip(sigmas, steps, strict=False):
-        positive, negative = sigma, 2 * sigma + 1
-        guided = negative + scale * (positive - negative)
-        assert float(step.velocity) == pytest.approx(guided, abs=1e-5)
-    assert len(steps) == run.steps == 8
-    assert calls[:: 1 if batched else 2] == pytest.approx([1.0, 0.95, 0.9, 0.5, 0.1])
-    assert len(calls) == run.computed * (1 if batched else 2)
-    assert run.computed == 5
 
 
 @pytest.mark.parametrize("folder", ["tiny", "nano"])
