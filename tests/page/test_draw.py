@@ -129,6 +129,22 @@ def test_sizes_and_fields_reach_the_job(page: Page, url: str) -> None:
     assert given["num_inference_steps"] == 4
 
 
+def test_several_images_of_one_job(page: Page) -> None:
+    person.ask(page)
+    page.fill("#seed", "5")
+    page.fill("#field-num_images", "2")
+    person.draw(page)
+    page.get_by_role("button", name="Image 2, seed 6").click()
+    assert person.fact(page, "Seed") == "6"
+    expect(page.locator(".tile-of-gallery")).to_have_count(2)
+
+
+def test_docs_lead_to_the_page(context: BrowserContext, url: str) -> None:
+    page = context.new_page()
+    page.goto(f"{url}/docs")
+    assert page.get_by_role("link", name="the page").evaluate("link => link.href") == f"{url}/ui"
+
+
 def test_sweep(page: Page) -> None:
     """One seed, several values, a labelled strip."""
     person.ask(page)
