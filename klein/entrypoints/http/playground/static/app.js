@@ -205,11 +205,12 @@ const WAYS_OUT = {
 function explain(error, again) {
   if (!(error instanceof ApiError)) throw error;
   const [title, way] = WAYS_OUT[error.code] || ["That did not work", null];
-  const retry = again ? [button("Try again", again, { class: "primary" })] : [];
+  const canceled = error.code === "canceled";
+  const retry = again ? [button(canceled ? "Draw it again" : "Try again", again, { class: "primary" })] : [];
   if (error.code === "unauthorized") askForKey(error.message);
   if (error.code === "offline" || error.code === "not_ready") connect();
   const wait = error.retryAfter ? ` klein suggests ${error.retryAfter} s.` : "";
-  stage.failure(title, (way || error.message) + wait, ...retry);
+  stage.failure(canceled ? "canceled" : "bad", title, (way || error.message) + wait, ...retry);
 }
 
 // -- images -------------------------------------------------------------------------------------
