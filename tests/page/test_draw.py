@@ -129,6 +129,22 @@ def test_sizes_and_fields_reach_the_job(page: Page, url: str) -> None:
     assert given["num_inference_steps"] == 4
 
 
+def test_several_images_of_one_job(page: Page) -> None:
+    person.ask(page)
+    page.fill("#seed", "5")
+    page.fill("#field-num_images", "2")
+    person.draw(page)
+    page.get_by_role("button", name="Image 2, seed 6").click()
+    assert person.fact(page, "Seed") == "6"
+    expect(page.locator(".tile-of-gallery")).to_have_count(2)
+
+
+def test_docs_lead_to_the_page(context: BrowserContext, url: str) -> None:
+    page = context.new_page()
+    page.goto(f"{url}/docs")
+    assert page.get_by_role("link", name="the page").evaluate("link => link.href") == f"{url}/ui"
+
+
 def test_sweep(page: Page) -> None:
     """One seed, several values, a labelled strip."""
     person.ask(page)
@@ -251,7 +267,9 @@ def test_each_snippet_runs_as_it_is(page: Page, context: BrowserContext, tmp_pat
         page.get_by_role("tab", name=name).click()
         page.click("#copy")
         texts[name] = page.evaluate("navigator.clipboard.readText()")
-    for name, argv in {"curl": ["bash", "-c"], "Python": [sys.executable, "-c"]}.items():
+    assert {"curl", "Python", "RunPod"} <= set(texts)
+    for name in set(texts) - {"RunPod"}:
+        argv = ["bash", "-c"] if name == "curl" else [sys.executable, "-c"]
         subprocess.run([*argv, texts[name]], cwd=tmp_path, check=True, timeout=100)
         image = tmp_path / "image.png"
         assert Image.open(image).tobytes() == wanted, name

@@ -31,15 +31,15 @@ let routes = [];
 let capabilities = null;
 let running = null; // { id, canceled } of the job that is drawn
 let shown = null; // the image that is open
-let parts = null; // set once every part of the page exists
+let assembled = false; // whether every part of the page exists
 
-const changed = () => parts && refresh();
+const changed = () => assembled && refresh();
 const form = new Form(changed);
 const loras = new Loras(changed);
 const edit = new Edit(changed);
 const gallery = new Gallery({ open: (row) => open([row], 0), compare: sideBySide });
 const sweep = new Sweep({ read: checked, start: drawStrip });
-parts = { form, loras, edit };
+assembled = true;
 
 /** Words and offers that depend on more than one part. */
 function refresh() {
@@ -136,6 +136,7 @@ function busy(on) {
   $("draw").hidden = on;
   $("cancel").hidden = !on;
   $("cancel").disabled = false;
+  $("hint").textContent = on ? "Esc" : "Ctrl ↵";
   sweep.go.disabled = on;
   $("stage").setAttribute("aria-busy", String(on));
   document.title = on ? "drawing … klein" : "klein";
@@ -204,11 +205,12 @@ const WAYS_OUT = {
 function explain(error, again) {
   if (!(error instanceof ApiError)) throw error;
   const [title, way] = WAYS_OUT[error.code] || ["That did not work", null];
-  const retry = again ? [button("Try again", again, { class: "primary" })] : [];
+  const canceled = error.code === "canceled";
+  const retry = again ? [button(canceled ? "Draw it again" : "Try again", again, { class: "primary" })] : [];
   if (error.code === "unauthorized") askForKey(error.message);
   if (error.code === "offline" || error.code === "not_ready") connect();
   const wait = error.retryAfter ? ` klein suggests ${error.retryAfter} s.` : "";
-  stage.failure(title, (way || error.message) + wait, ...retry);
+  stage.failure(canceled ? "canceled" : "bad", title, (way || error.message) + wait, ...retry);
 }
 
 // -- images -------------------------------------------------------------------------------------
@@ -221,11 +223,12 @@ function open(rows, n) {
 }
 
 function actionsOf(row) {
+  const settings = { ...row.input, seed: row.seed, num_images: undefined };
   return [
     ["Download", "download", () => download(row.blob, stage.fileName(row))],
     ["Edit this", "brush", () => useAs("init", row.blob)],
     ["As reference", "image", () => useAs("reference", row.blob)],
-    ["Use settings", "reuse", () => fill({ ...row.input, seed: row.seed, num_images: undefined }).then(() => toast("Its settings are in the form"))],
+    ["Use settings", "reuse", () => fill(settings).then(() => toast("Its settings are in the form"))],
     ...(gallery.rows.length > 1 ? [["Compare with …", "compare", () => gallery.pick(row)]] : []),
     [null, "trash", () => discard(row), "Delete from the gallery"],
   ];
@@ -414,10 +417,11 @@ $("cancel").addEventListener("click", cancel);
 $("key-button").addEventListener("click", () => askForKey());
 $("theme-button").addEventListener("click", toggleTheme);
 addEventListener("keydown", (event) => {
+  if (document.querySelector("dialog[open]")) return;
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
     event.preventDefault();
     drawOnce();
-  } else if (event.key === "Escape" && running && !document.querySelector("dialog[open]")) {
+  } else if (event.key === "Escape" && running) {
     cancel();
   }
 });

@@ -23,10 +23,10 @@ function python(value, by = "") {
 const server = () => BASE.href.replace(/\/$/, "");
 const extension = (input) => ({ jpeg: "jpg", webp: "webp" })[input.output_format] || "png";
 
-/** For a shell; the apostrophes of JSON strings are written as escapes so that quotes hold. */
+/** For a shell; a quoted here-document takes any text, and more of it than an argument may have. */
 function curl(input) {
   const auth = key.get() ? " \\\n  -H \"authorization: Bearer $API_KEY\"" : "";
-  return `curl -sf -X POST ${server()}/generate -H 'content-type: application/json'${auth} \\
+  return `curl -fsS -X POST ${server()}/generate -H 'content-type: application/json'${auth} \\
   -o image.${extension(input)} -d @- <<'JSON'
 ${json(input)}
 JSON`;
@@ -55,7 +55,6 @@ from openai import OpenAI
 
 client = OpenAI(base_url="${server()}/v1", api_key=${secret})
 answer = client.images.generate(
-    model="klein",
     prompt=${python(input.prompt)},
     size="${sized ? `${input.width}x${input.height}` : "auto"}",
     output_format="${input.output_format || "png"}",

@@ -27,10 +27,17 @@ export function empty(examples, choose) {
   );
 }
 
-/** What went wrong and what to do about it. */
-export function failure(title, message, ...actions) {
+/** Why there is no image, and what to do about it; `kind` is `bad` or `canceled`. */
+export function failure(kind, title, message, ...actions) {
   show(
-    h("div", { class: "empty bad" }, icon("warn"), h("h2", {}, title), h("p", {}, message), h("div", { class: "row center" }, ...actions)),
+    h(
+      "div",
+      { class: `empty ${kind}` },
+      icon(kind === "bad" ? "warn" : "x"),
+      h("h2", {}, title),
+      h("p", {}, message),
+      h("div", { class: "row center" }, ...actions),
+    ),
   );
   say(`${title}. ${message}`, true);
 }
