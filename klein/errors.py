@@ -27,6 +27,9 @@ from difflib import get_close_matches
 from enum import StrEnum
 from typing import ClassVar
 
+MAX_NAME = 80
+"""Characters of a caller's name in a message."""
+
 
 class ErrorCode(StrEnum):
     """The closed list of codes that callers see."""
@@ -163,7 +166,11 @@ class InternalError(KleinError):
 
 
 def unknown(kind: str, name: str, known: list[str]) -> str:
-    """One sentence for a name that is not in a table: the nearest known one, then all of them."""
+    """One sentence for a name that is not in a table: the nearest known one, then all of them.
+
+    A name longer than any of a table is cut off: it is the caller's, and costs time to compare.
+    """
+    name = name[:MAX_NAME]
     words = {word.lower(): full for full in reversed(known) for word in (full, *full.split("_"))}
     near = get_close_matches(name.lower(), list(words), n=1, cutoff=0.6)
     hint = f"did you mean {words[near[0]]!r}? " if near else ""

@@ -63,6 +63,7 @@ class Generator:
         self._preparing = 0
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(PREPARING_THREADS, "klein-prepare")
+        engine.on_change(self._observe)
 
     def context(
         self,
@@ -106,6 +107,11 @@ class Generator:
             self.recorder.failed(error)
             raise
         finally:
+            self._observe()
+
+    def _observe(self) -> None:
+        """Show the queue in the metrics as it is now."""
+        if self.recorder is not None:
             self.recorder.update(self.engine)
 
     async def _run(self, request: GenerateRequest, context: RequestContext) -> Generated:

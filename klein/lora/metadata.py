@@ -1,6 +1,6 @@
 """What is written about a LoRA: inside its file by trainers, and beside it by an operator.
 
-Strangers write it, so every text is bounded in length and cleaned of what cannot be shown.
+Anybody may have written it, so every text is bounded in length and cleaned of what cannot be shown.
 """
 
 import json

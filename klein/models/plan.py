@@ -140,9 +140,9 @@ def _hub_reader(repo: str, settings: Settings) -> ReadConfig:
 def _way_out(error: HubFailed, repo: str, settings: Settings) -> str:
     match error.problem:
         case Problem.GATED if settings.hf_token:
-            return f"{repo} is gated: accept its licence there with the account of your HF_TOKEN"
+            return f"{repo} is gated: accept its license there with the account of your HF_TOKEN"
         case Problem.GATED:
-            return f"{repo} is gated: accept its licence there and set HF_TOKEN"
+            return f"{repo} is gated: accept its license there and set HF_TOKEN"
         case Problem.NO_REPOSITORY:
             return f"{repo} is not on the Hub, or private: check MODEL_ID, set HF_TOKEN"
         case Problem.NO_REVISION:

@@ -1,6 +1,6 @@
 """Pictures that callers send: from text to bytes to pixels, bounded before anything is decoded.
 
-They come from strangers. Only the three decoders named here ever see the bytes, and they do so
+They come from anybody. Only the three decoders named here ever see the bytes, and they do so
 after the header has said how many pixels there are.
 """
 

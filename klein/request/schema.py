@@ -109,7 +109,7 @@ class _Strict(BaseModel):
             known = list(cls.model_fields)
             for key in data:
                 if key not in known:
-                    why = unknown("field", str(key)[:80], known)
+                    why = unknown("field", str(key), known)
                     raise PydanticCustomError("unknown_field", "{why}", {"why": why})
         return data
 

@@ -54,6 +54,22 @@ def test_a_request_is_counted(registry: CollectorRegistry, recorder: Recorder) -
         assert line in told.splitlines(), line
 
 
+def test_the_queue_is_shown_while_it_waits(registry: CollectorRegistry, recorder: Recorder) -> None:
+    """Not only when some request ends: scaling and alarms look at a queue that does not move."""
+    pipeline = fakes.FakePipeline()
+    generator = fakes.generator(pipeline)
+    generator.recorder = recorder
+    pipeline.gate.clear()
+    first = generator.engine.submit(fakes.job())
+    assert pipeline.started.wait(5)
+    second = generator.engine.submit(fakes.job())
+    told = generate_latest(registry).decode().splitlines()
+    assert {"klein_running 1.0", "klein_queue_waiting 1.0"} <= set(told)
+    pipeline.gate.set()
+    first.result(5), second.result(5)
+    generator.stop()
+
+
 def test_every_metric_says_what_it_is() -> None:
     """Names are unique and begin with klein's."""
     names = [row.name for row in METRICS]

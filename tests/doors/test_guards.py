@@ -75,7 +75,12 @@ def test_uploads_need_a_key_with_that_right(keyed: TestClient) -> None:
 
 @pytest.mark.parametrize(
     "headers",
-    [{"origin": "https://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}],
+    [
+        {"origin": "https://evil.example"},
+        {"origin": "null"},
+        {"origin": "http://[::1"},
+        {"sec-fetch-site": "cross-site"},
+    ],
 )
 def test_pages_of_other_origins_change_nothing(
     unkeyed: TestClient, headers: dict[str, str]
@@ -152,6 +157,13 @@ def test_headers_are_bounded(unkeyed: TestClient) -> None:
     """Their sum, not only each."""
     headers = {f"x-{n}": "y" * 1000 for n in range(40)}
     assert code(unkeyed.get("/presets", headers=headers)) == (413, "request_too_large")
+
+
+@pytest.mark.parametrize("length", ["2000000", "9" * 6000])
+def test_a_length_that_is_too_much_is_refused(unkeyed: TestClient, length: str) -> None:
+    """However many digits it has."""
+    answer = unkeyed.get("/presets", headers={"content-length": length})
+    assert code(answer) == (413, "request_too_large")
 
 
 def uploading(folder: Path) -> Any:

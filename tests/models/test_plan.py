@@ -134,7 +134,7 @@ BASE = "black-forest-labs/FLUX.2-klein-base-9B"
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        ((BASE, "", ""), "is gated: accept its licence there and set HF_TOKEN"),
+        ((BASE, "", ""), "is gated: accept its license there and set HF_TOKEN"),
         ((BASE, "hf_bad", ""), "with the account of your HF_TOKEN"),
         ((BASE, "hf_good", ""), f"planned {BASE} klein-base-9B none"),
         ((BASE.lower(), "hf_good", ""), f"planned {BASE} klein-base-9B none"),

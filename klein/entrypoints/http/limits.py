@@ -18,6 +18,8 @@ JSON_BYTES = MB
 HEADER_BYTES = 32_000
 JSON_PUNCTUATION = 20_000
 """Brackets and commas of a JSON body at most: a picture in base64 has none."""
+LENGTH_DIGITS = 18
+"""Of a content-length at most; Python would not read thousands of them."""
 BODY_SECONDS = 30.0
 """Without a byte of the body, and besides what its bytes need at BODY_RATE."""
 BODY_RATE = 50_000
@@ -78,9 +80,9 @@ def _check_headers(scope: Scope, rule: _Rule) -> str:
     if size > HEADER_BYTES:
         raise RequestTooLarge(f"the headers have {size} bytes; {HEADER_BYTES} are the most")
     headers = Headers(scope=scope)
-    length = headers.get("content-length", "")
-    if length.isdigit() and int(length) > rule.most:
-        raise RequestTooLarge(f"the body has {length} bytes; {rule.most} are the most here")
+    length = headers.get("content-length", "").lstrip("0")
+    if length.isdecimal() and (len(length) > LENGTH_DIGITS or int(length) > rule.most):
+        raise RequestTooLarge(f"the body has more than {rule.most} bytes, the most here")
     kind = headers.get("content-type", "").split(";")[0].strip().lower()
     if rule.json_only and scope["method"] == "POST" and kind != "application/json":
         raise InvalidRequest("content-type: send application/json", field="content-type")
