@@ -21,17 +21,12 @@ def test_what_only_the_files_know() -> None:
         {"path": "d.safetensors"},
     ]
     params = fakes.resolved(prompt="Bob at the sea", loras=loras).params
-<<<<<<< HEAD
-    files: list[LoraFile | LoraError]
-    files = [_file(0.8, "anna"), _file(0.9, "bob"), _file(), LoraError("gone")]
-=======
     files: list[LoraFile | LoraError] = [
         _file(0.8, "anna"),
         _file(0.9, "bob"),
         _file(),
         LoraError("gone"),
     ]
->>>>>>> breaker
     settled, warnings = settle_loras(params, files)
     assert [x.scale for x in settled.loras] == [0.8, 0.5, 1.0, 1.0]
     assert settled.prompt == "anna, Bob at the sea"
