@@ -44,7 +44,7 @@ def test_loading_then_a_key_is_wanted(page: Page) -> None:
 def test_draws_with_the_key(page: Page) -> None:
     person.ask(page)
     person.draw(page)
-    expect(page.locator("#snippet")).to_contain_text("$KLEIN_API_KEY")
+    expect(page.locator("#snippet")).to_contain_text("$API_KEY")
     expect(page.locator("#snippet")).not_to_contain_text(KEY)
 
 

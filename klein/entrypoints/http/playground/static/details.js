@@ -87,7 +87,7 @@ function take(row, routes) {
       button("Copy", () => copy(ways[tab][1]), { glyph: "copy", class: "small", id: "copy" })),
     h("div", { class: "tabs", role: "tablist", "aria-label": "The request as" }, ...tabs),
     code,
-    usesKey() ? h("p", { class: "help" }, "The key is read from KLEIN_API_KEY.") : null,
+    usesKey() ? h("p", { class: "help" }, "The key is read from API_KEY.") : null,
   );
 }
 

@@ -25,7 +25,7 @@ const extension = (input) => ({ jpeg: "jpg", webp: "webp" })[input.output_format
 
 /** For a shell; the apostrophes of JSON strings are written as escapes so that quotes hold. */
 function curl(input) {
-  const auth = key.get() ? " \\\n  -H \"authorization: Bearer $KLEIN_API_KEY\"" : "";
+  const auth = key.get() ? " \\\n  -H \"authorization: Bearer $API_KEY\"" : "";
   return `curl -sf -X POST ${server()}/generate -H 'content-type: application/json'${auth} \\
   -o image.${extension(input)} -d @- <<'JSON'
 ${json(input)}
@@ -33,7 +33,7 @@ JSON`;
 }
 
 function bento(input) {
-  const token = key.get() ? ', token=os.environ["KLEIN_API_KEY"]' : "";
+  const token = key.get() ? ', token=os.environ["API_KEY"]' : "";
   return `${key.get() ? "import os\n\n" : ""}import bentoml
 
 request = ${python(input)}
@@ -48,7 +48,7 @@ const OPENAI = ["prompt", "width", "height", "num_images", "output_format"];
 function openai(input) {
   const extra = Object.fromEntries(Object.entries(input).filter(([name]) => !OPENAI.includes(name)));
   const sized = input.width && input.height;
-  const secret = key.get() ? 'os.environ["KLEIN_API_KEY"]' : '"none"';
+  const secret = key.get() ? 'os.environ["API_KEY"]' : '"none"';
   return `import base64
 ${key.get() ? "import os\n" : ""}
 from openai import OpenAI
