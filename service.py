@@ -17,6 +17,7 @@ from starlette.responses import Response
 from klein.app import build
 from klein.app.generator import Generator
 from klein.app.metrics import Recorder
+from klein.app.webhooks import Webhooks
 from klein.core import ImagePipeline
 from klein.engine.engine import State
 from klein.entrypoints.http.app import connect, create_app, middlewares
@@ -92,6 +93,7 @@ class Klein:
         try:
             build.loader(SETTINGS, os.environ)
             Bucket.from_settings(SETTINGS)
+            Webhooks.from_settings(SETTINGS)
         except KleinError as error:
             _stop(error)
 

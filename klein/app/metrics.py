@@ -4,13 +4,14 @@ The classes are prometheus_client's or BentoML's, which are the same over files 
 share: whoever serves `/metrics` says how a row becomes a metric.
 """
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from klein.core import GenerationResult
 from klein.engine.engine import Engine, State
-from klein.errors import KleinError
+from klein.errors import ErrorCode, KleinError
 
 SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
 
@@ -79,9 +80,13 @@ class Recorder:
             self._metrics["klein_stage_seconds"].labels(stage=stage).observe(seconds)
 
     def failed(self, error: BaseException) -> None:
-        """Count a request that was not."""
-        outcome = str(error.code) if isinstance(error, KleinError) else type(error).__name__
-        self._metrics["klein_requests"].labels(outcome=outcome).inc()
+        """Count a request that was not: by its error's code, `cancelled` if its caller left."""
+        code = ErrorCode.INTERNAL
+        if isinstance(error, KleinError):
+            code = error.code
+        elif isinstance(error, asyncio.CancelledError):
+            code = ErrorCode.CANCELLED
+        self._metrics["klein_requests"].labels(outcome=str(code)).inc()
 
     def update(self, engine: Engine) -> None:
         """Set the gauges to what is so now."""

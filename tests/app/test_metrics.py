@@ -37,12 +37,16 @@ def test_a_request_is_counted(registry: CollectorRegistry, recorder: Recorder) -
         run(generator)
     with pytest.raises(Exception, match="too small"):
         run(generator, width=10)
+    recorder.failed(asyncio.CancelledError())
+    recorder.failed(ZeroDivisionError())
     generator.stop()
     told = generate_latest(registry).decode()
     for line in (
         'klein_requests_total{outcome="ok"} 1.0',
         'klein_requests_total{outcome="lora_failed"} 1.0',
         'klein_requests_total{outcome="invalid_request"} 1.0',
+        'klein_requests_total{outcome="cancelled"} 1.0',
+        'klein_requests_total{outcome="internal"} 1.0',
         'klein_images_total{preset="realistic_character",speed="eager"} 2.0',
         "klein_steps_total 6.0",
         "klein_loras_applied_total 1.0",

@@ -133,6 +133,16 @@ def test_doctor_tells_what_can_run(
         assert name in shown
 
 
+def test_doctor_looks_at_more_than_the_model(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not promise a start that a setting will end."""
+    monkeypatch.setenv("MODEL_ID", "nano")
+    monkeypatch.setenv("KLEIN_WEBHOOK_SECRET", "x")
+    assert _run("doctor") == 0
+    assert "MODEL_ID=nano cannot start: KLEIN_WEBHOOK_SECRET" in capsys.readouterr().out
+
+
 def test_lora_shorthand() -> None:
     """A scale after the last colon, if it is one."""
     assert parse_lora("a.safetensors:0.8") == {"path": "a.safetensors", "scale": 0.8}

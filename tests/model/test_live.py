@@ -223,6 +223,7 @@ def _until_posted(
         ({"MODEL_ID": "klein-base-9B"}, "use MODEL_ID=nano to try klein"),
         ({"KLEIN_OFLOAD": "none"}, "did you mean 'KLEIN_OFFLOAD'"),
         ({"KLEIN_S3_BUCKET": "b"}, "the bucket is half set"),
+        ({"KLEIN_WEBHOOK_SECRET": "x"}, "KLEIN_WEBHOOK_SECRET: must be whsec_"),
     ],
 )
 def test_a_start_that_cannot_succeed_ends_with_one_sentence(

@@ -4,11 +4,13 @@ import os
 import sys
 from importlib import metadata
 
+from klein.app.webhooks import Webhooks
 from klein.entrypoints.cli.exit_codes import OK
 from klein.errors import KleinError
 from klein.models.catalog import GB, MODELS
 from klein.models.machine import Kind, Machine
 from klein.models.plan import place, plan
+from klein.output.delivery import Bucket
 from klein.settings import Settings
 
 
@@ -81,6 +83,8 @@ def _models(settings: Settings, machine: Machine) -> list[str]:
 def _verdict(settings: Settings, machine: Machine) -> list[str]:
     try:
         planned = plan(settings, machine)
+        Bucket.from_settings(settings)
+        Webhooks.from_settings(settings)
     except KleinError as error:
         return [f"MODEL_ID={settings.model_id} cannot start: {error}"]
     speed = f"{planned.acceleration.tier.name} tier"
