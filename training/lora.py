@@ -11,7 +11,7 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from training.demos import CHARACTER, SKETCH, STYLE, demo_pictures, demo_references
 from training.flow import SQUARE, Bank, Conditioner, all_position_ids, embed_bank, flow_loss, pack
@@ -77,6 +77,18 @@ def add_lora(model: Flux2Transformer2DModel, rank: int, linears: str) -> dict[st
     return modules
 
 
+def take(modules: dict[str, list[LoraLayer]], path: Path) -> None:
+    """Begin with the weights of a file that `export` wrote."""
+    tensors = load_file(path)
+    with torch.no_grad():
+        for name, layers in modules.items():
+            layers[0].lora_A["default"].weight.copy_(tensors[f"{name}.lora_A.weight"])
+            sizes = [len(layer.lora_B["default"].weight) for layer in layers]
+            ups = tensors[f"{name}.lora_B.weight"].split(sizes)
+            for layer, up in zip(layers, ups, strict=True):
+                layer.lora_B["default"].weight.copy_(up)
+
+
 def export(modules: dict[str, list[LoraLayer]], path: Path, subject: str, step: int) -> None:
     """Write the LoRA as bfloat16 safetensors with ai-toolkit's keys and kind of metadata."""
     tensors = {}
@@ -121,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--subject", choices=tuple(SHAPES), required=True)
+    parser.add_argument("--start", type=Path, help="file of the LoRA to go on from")
     parser.add_argument("--seconds", type=float, default=70)
     parser.add_argument("--pictures", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=128)
@@ -134,6 +147,8 @@ def main() -> None:
     bank = make_bank(pipe, args.subject, args.pictures)
     conditioner = Conditioner(bank, pipe.text_encoder, pipe.tokenizer)
     modules = add_lora(pipe.transformer, *SHAPES[args.subject])
+    if args.start:
+        take(modules, args.start)
     weights = [weight for weight in pipe.transformer.parameters() if weight.requires_grad]
     print(f"{len(modules)} modules, {sum(w.numel() for w in weights)} parameters", flush=True)
 
