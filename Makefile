@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 RUFF := $(BIN)/ruff
 # Tests that need torch (tests/conftest.py has the same names); the other folders run without it.
-HEAVY := model training bundle gpu page
+HEAVY := model bundle gpu page
 LIGHT := $(filter-out $(HEAVY:%=tests/%/),$(sort $(dir $(wildcard tests/*/test_*.py))))
 # Processes that share the cores: one thread each, and none that spins while it waits.
 QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
@@ -52,7 +52,7 @@ coverage: $(VENV)/.test
 	$(BIN)/python -m coverage report
 
 model-tests: $(VENV)/.test
-	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal tests/model tests/training tests/bundle $(T)
+	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal tests/model tests/bundle $(T)
 
 # needs a Chromium: apt-get install chromium
 test-page: $(VENV)/.test
