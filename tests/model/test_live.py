@@ -98,13 +98,14 @@ def _queue(url: str) -> dict[str, Any]:
 
 
 def _until(condition: Any) -> None:
-    for _ in range(300):
+    for _ in range(1200):
         if condition():
             return
         time.sleep(0.05)
     raise AssertionError("it never came")
 
 
+@pytest.mark.timeout(600)
 def test_the_pages_lines_run_as_printed(url: str, home: Path, tmp_path: Path) -> None:
     """Every curl and command line in a `bash` block, but for `make` itself and the port."""
     (tmp_path / "test_input.json").write_text(json.dumps(JOB))

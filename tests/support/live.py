@@ -77,7 +77,7 @@ def process(argv: list[str], env: dict[str, str], log: Path) -> Iterator[subproc
 def wait_for(url: str, wanted: int, running: subprocess.Popen[bytes], log: Path) -> list[int]:
     """Every status seen until `wanted` came; fails with the log when the process ends."""
     seen = []
-    for _ in range(600):
+    for _ in range(1800):
         seen.append(status(url))
         if seen[-1] == wanted:
             return seen
