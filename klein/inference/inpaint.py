@@ -38,11 +38,6 @@ class Keep:
         return (1 - self.repaint) * kept + self.repaint * latents
 
 
-def first_step(steps: int, strength: float) -> int:
-    """How many of `steps` are left out at the start, as diffusers counts; at least one is drawn."""
-    return min(int(steps - min(steps * strength, steps)), steps - 1)
-
-
 def token_mask(mask: Image, like: Tokens) -> Tensor:
     """A mask (L, 255 is repainted) by tokens (1, n, 1): 1 for each that has a repainted pixel."""
     pixels = torch.from_numpy(np.asarray(mask) > 0).float()[None, None]

@@ -34,7 +34,7 @@ from klein.errors import LoraError
 from klein.inference import latents, memory, offload
 from klein.inference.adapters.merge import AdapterRequest, LoraMerger
 from klein.inference.denoise import Embeddings, Forward, Run, Step, Tokens, denoise, noise_levels
-from klein.inference.inpaint import Keep, Start, first_step, token_mask
+from klein.inference.inpaint import Keep, Start, token_mask
 from klein.inference.offload import ModelOffloader
 from klein.inference.preview import LinearMap, Previews
 from klein.inference.references import ImageEncoder
@@ -42,7 +42,7 @@ from klein.inference.text import PromptEncoder
 from klein.models import sizes
 from klein.models.plan import Plan
 from klein.models.samplers import DEFAULT_SAMPLER, SAMPLERS
-from klein.models.schedule import mu_of
+from klein.models.schedule import first_step, mu_of
 from klein.models.speed import STEP_SKIPPING
 from klein.settings import Settings
 from klein.sources.reference import redacted
@@ -256,7 +256,7 @@ class KleinPipeline:
     ) -> Run:
         faster = self._plan.acceleration
         levels = noise_levels(params.schedule, mu, params.num_inference_steps)
-        start = first_step(params.num_inference_steps, params.strength or 1.0)
+        start = first_step(params.num_inference_steps, params.strength)
         run = Run(
             levels[start:],
             SAMPLERS[params.sampler],

@@ -73,4 +73,5 @@ def first_step(num_inference_steps: int, strength: float | None) -> int:
     change. At least one step is left for any strength above 0. As diffusers' `get_timesteps`."""
     if strength is None:
         return 0
-    return int(max(num_inference_steps - num_inference_steps * strength, 0))
+    first = int(max(num_inference_steps - num_inference_steps * strength, 0))
+    return min(first, num_inference_steps - 1)
