@@ -2,7 +2,7 @@
 
     python -m benchmarks.under_load               # seconds an image of 8 steps, nano at 256×256
 
-The rounds alternate, for whatever else runs on the machine: each figure is one process in one round.
+The rounds alternate, for whatever else runs on the machine; each figure is one process in a round.
 klein sets OMP_WAIT_POLICY=PASSIVE before torch is loaded; *unset* is torch without it.
 """
 
