@@ -27,9 +27,10 @@ Pictures = NDArray[np.float32]
 
 
 class Nano:
-    """nano in the eager tier, and the embeddings of `count` prompts."""
+    """nano in the eager tier, and the embeddings of `count` prompts; `side` in pixels."""
 
-    def __init__(self, count: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, count: int, dtype: torch.dtype | None = None, side: int = SIDE) -> None:
+        self.side = side
         settings = Settings.from_env({"MODEL_ID": "nano", "KLEIN_DEVICE": "cpu"})
         self.pipeline = assemble.load(plan(settings, Machine.probe({})), settings, dtype=dtype)
         length = self.pipeline.info.spec.max_sequence_length
@@ -48,12 +49,12 @@ class Nano:
         """
         made = []
         for seed, text in enumerate(self.texts):
-            image = latents.noise(SIDE, SIDE, seed, text.prompt.dtype, text.prompt.device)
+            image = latents.noise(self.side, self.side, seed, text.prompt.dtype, text.prompt.device)
             for one in runs:
                 given = text if one.guidance_scale > 1 else Embeddings(text.prompt, None)
                 clean = denoise(self.pipeline.parts.denoiser, one, given, image, lambda _: None)
                 image = replace(image, latents=clean)
-            drawn = latents.decode(self.pipeline.parts.vae, image.latents, SIDE, SIDE)
+            drawn = latents.decode(self.pipeline.parts.vae, image.latents, self.side, self.side)
             made.append(np.asarray(drawn))
         return np.stack(made).astype(np.float32)
 

@@ -111,7 +111,7 @@ def denoise(
     references: Tokens | None = None,
     keep: Callable[[Tensor, float], Tensor] | None = None,
 ) -> Tensor:
-    """The latents (1, n, 128) at the end of `run`, begun at `image` with noise of its first level.
+    """The latents (1, n, 128) at the end of `run` from `image` with noise of its first level.
 
     `references` are tokens that the model sees beside the image; `keep` is given each step's
     latents and noise level and puts back what is not to change. What `on_step` raises ends the run;
@@ -167,12 +167,12 @@ class _GuidedModel:
 
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
         """Of latents (1, n, 128) at a timestep (1,), 0 to 1; the same shape."""
-        seen = latents
+        tokens = latents
         if self._references:
-            seen = torch.cat([latents, self._references.latents], 1)
+            tokens = torch.cat([latents, self._references.latents], 1)
         made = [
             self._forward(
-                hidden_states=seen,
+                hidden_states=tokens,
                 timestep=timestep,
                 guidance=None,
                 encoder_hidden_states=text,

@@ -16,12 +16,12 @@ SIZES = [(_RANDOM.randint(64, 1700), _RANDOM.randint(212, 1500)) for _ in range(
 def test_references_are_diffusers_own_pixel_for_pixel(size: tuple[int, int]) -> None:
     """Size, resampling and crop, as Flux2KleinPipeline prepares `image`."""
     image = pictures.noise(*size)
-    theirs = PROCESSOR.check_image_input(image)
+    resized = PROCESSOR.check_image_input(image)
     if size[0] * size[1] > 1024 * 1024:
-        theirs = PROCESSOR._resize_to_target_area(theirs, 1024 * 1024)
-    width, height = (side // 16 * 16 for side in theirs.size)
-    tensor = PROCESSOR.preprocess(theirs, height=height, width=width, resize_mode="crop")[0]
-    ours = pixels.shrink_reference(image, 1024 * 1024)
+        resized = PROCESSOR._resize_to_target_area(resized, 1024 * 1024)
+    width, height = (side // 16 * 16 for side in resized.size)
+    tensor = PROCESSOR.preprocess(resized, height=height, width=width, resize_mode="crop")[0]
+    made = pixels.shrink_reference(image, 1024 * 1024)
     expected = ((tensor.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)
-    assert ours.size == (width, height)
-    assert np.array_equal(np.asarray(ours), expected)
+    assert made.size == (width, height)
+    assert np.array_equal(np.asarray(made), expected)
