@@ -14,7 +14,7 @@ LIGHT := $(filter-out $(HEAVY:%=tests/%/),$(sort $(dir $(wildcard tests/*/test_*
 QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 export BENTOML_DO_NOT_TRACK := 1
 
-.PHONY: help serve test check unit coverage model-tests test-page gpu-tests lint types fix lock hooks \
+.PHONY: help serve test check unit coverage model-tests long-tests test-page gpu-tests lint types fix lock hooks \
 	bench bundle docs pictures screenshots clean
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make check        lint and test: what CI runs"
 	@echo "make unit         only the tests that run without torch; T='-k seed' goes to pytest"
 	@echo "make model-tests  only the tests on the built-in model and of the bento"
+	@echo "make long-tests   what takes minutes: every command of the pages, starts that must fail"
 	@echo "make test-page    the page in a real Chromium (apt-get install chromium)"
 	@echo "make gpu-tests    the tests that need an NVIDIA GPU"
 	@echo "make lint         ruff, mypy and the import layers"
@@ -53,6 +54,9 @@ coverage: $(VENV)/.test
 
 model-tests: $(VENV)/.test
 	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal tests/model tests/bundle $(T)
+
+long-tests: $(VENV)/.test
+	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal -m long tests/doors tests/model $(T)
 
 # needs a Chromium: apt-get install chromium
 test-page: $(VENV)/.test
