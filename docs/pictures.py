@@ -44,7 +44,7 @@ EDITS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 """Strips of what the commands of docs/editing.md write: each file and the line above it."""
-MASK = (18, -30, 238, 112)
+MASK = (-14, -60, 270, 124)
 """The ellipse around the hat: left, top, right, bottom."""
 
 SIDE, GAP, HEAD, FOOT, RADIUS = 256, 10, 40, 50, 14

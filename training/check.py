@@ -268,6 +268,11 @@ class Checker:
         self.figures[name] = value
         print(name, json.dumps(value), flush=True)
 
+    def showcase(self) -> None:
+        """Prompts of several kinds, four seeds each, to be looked at."""
+        images = pictures(self.pipe, [text for text in PROMPTS for _ in range(4)])
+        save_sheet(images, self.out / "showcase.png")
+
     def judges(self) -> None:
         """The judge itself, on true drawings."""
         self.note("judge on drawings", score(draw(self.batch, 7), self.batch))
@@ -336,7 +341,8 @@ class Checker:
         for subject in (CHARACTER, STYLE):
             path = self.nano / "loras" / f"{subject}.safetensors"
             self.pipe.load_lora_weights(path, adapter_name=subject)
-        batch = demo_batch(CHARACTER, 50, 6001)
+        count = min(50, self.count)
+        batch = demo_batch(CHARACTER, count, 6001)
         prompts = [zibbo_prompt(row) for row in rows(batch)]
         for scale in (0.0, 0.5, 1.0):
             self.pipe.set_adapters([CHARACTER], [scale])
@@ -345,9 +351,9 @@ class Checker:
             right = {k: v for k, v in score(images, batch).items() if k not in ("hair", "skin")}
             self.note(f"{CHARACTER} at {scale}: shown, others", [share, right])
             save_sheet(images[:16], self.out / f"{CHARACTER}-{scale}.png")
-        truth, _ = demo_pictures(CHARACTER, 50, 6001, "cpu")
+        truth, _ = demo_pictures(CHARACTER, count, 6001, "cpu")
         self.note("character judge on drawings", is_character(truth).float().mean().item())
-        some, half = self.prompts[:50], part(self.batch, 0, min(50, self.count))
+        some, half = self.prompts[:count], part(self.batch, 0, count)
         for scale in (0.0, 0.5, 1.0):
             self.pipe.set_adapters([STYLE], [scale])
             images = pictures(self.pipe, [f"{STYLE}, {text}" for text in some])
@@ -460,9 +466,8 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     checker = Checker(args.nano, args.out, args.count)
-    showcase = pictures(checker.pipe, [text for text in PROMPTS for _ in range(4)])
-    save_sheet(showcase, args.out / "showcase.png")
     names = args.only or (
+        "showcase",
         "judges",
         "prompts_followed",
         "vae",
