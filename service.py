@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from klein.app import build
+from klein.app.filter import Filter
 from klein.app.generator import Generator
 from klein.app.metrics import Recorder
 from klein.app.webhooks import Webhooks
@@ -24,6 +25,7 @@ from klein.entrypoints.http.app import connect, create_app, middlewares
 from klein.entrypoints.http.generate import answer_with_image, answer_with_json
 from klein.errors import KleinError
 from klein.output.delivery import Bucket
+from klein.output.marks import Marks
 from klein.request.schema import GenerateRequest
 from klein.settings import Settings
 
@@ -94,6 +96,8 @@ class Klein:
             build.loader(SETTINGS, os.environ)
             Bucket.from_settings(SETTINGS)
             Webhooks.from_settings(SETTINGS)
+            Marks.from_settings(SETTINGS)
+            Filter.from_settings(SETTINGS)
         except KleinError as error:
             _stop(error)
 

@@ -153,8 +153,28 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class FilterNote:
+    """What a filter said of image `image` (from 1), or of the request, where both numbers are
+    None. What was `refused` does not leave."""
+
+    reason: str
+    refused: bool
+    image: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FilterReport:
+    """The filter that saw a result, and all that it had to say."""
+
+    name: str
+    notes: tuple[FilterNote, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """What happened. `mu` and `sigmas` are those of the run, `forwards` the transformer's."""
+    """What happened. `mu` and `sigmas` are those of the run, `forwards` the transformer's;
+    `inputs` are the caller's pictures, and `filter` is None where there is no filter."""
 
     id: str
     params: GenerationParams
@@ -166,6 +186,8 @@ class GenerationResult:
     timings: Timings
     warnings: tuple[str, ...]
     model: ModelInfo
+    inputs: "EditInputs | None" = None
+    filter: FilterReport | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,12 +282,13 @@ class RequestContext:
 class InputImage:
     """A caller's picture as a pipeline uses it: RGB, upright, already at the size it is used at,
     both sides multiples of 16. `sha256` is of the bytes as sent, `width` and `height` their
-    upright size."""
+    upright size, and `data` those bytes."""
 
     image: "Image"
     sha256: str
     width: int
     height: int
+    data: bytes = b""
 
     @property
     def tokens(self) -> int:
@@ -295,13 +318,15 @@ class EditInputs:
 @dataclass(frozen=True, slots=True)
 class Job:
     """What a pipeline is to draw: `params` with everything settled, the files that `params.loras`
-    led to (or why one could not be had), what was changed on the way, and the pictures sent."""
+    led to (or why one could not be had), what was changed on the way, the pictures sent, and what
+    the filter said of the request."""
 
     context: RequestContext
     params: GenerationParams
     loras: tuple[LoraFile | LoraError, ...] = ()
     warnings: tuple[str, ...] = ()
     inputs: EditInputs = EditInputs()
+    notes: tuple[FilterNote, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

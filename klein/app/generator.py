@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from klein.app.estimate import StepTimes
+from klein.app.filter import NO_PREVIEWS, Filter
 from klein.app.metrics import Recorder
 from klein.app.prepare import prepare
 from klein.core import (
@@ -25,6 +26,7 @@ from klein.engine.engine import Engine
 from klein.errors import QueueFull
 from klein.lora.library import LoraLibrary
 from klein.output.delivery import Bucket
+from klein.output.marks import Marks
 from klein.output.response import require_bucket
 from klein.request.resolve import Resolved, resolve
 from klein.request.schema import GenerateRequest
@@ -36,10 +38,11 @@ PREPARING_THREADS = 4
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """A result, and how it was asked to leave."""
+    """A result, how it was asked to leave, and what its images say of themselves."""
 
     result: GenerationResult
     delivery: Delivery
+    marks: Marks
 
 
 class Generator:
@@ -53,10 +56,13 @@ class Generator:
         bucket: Bucket | None,
         recorder: Recorder | None = None,
     ) -> None:
+        """Raises BadSetting for a filter that cannot be loaded or marks that cannot be made."""
         self.engine = engine
         self.library = library
         self.settings = settings
         self.bucket = bucket
+        self.marks = Marks.from_settings(settings)
+        self.filter = Filter.from_settings(settings)
         self.recorder = recorder
         self._fetcher = Fetcher(settings.fetch_hosts)
         self.step_times = StepTimes()
@@ -116,21 +122,28 @@ class Generator:
 
     async def _run(self, request: GenerateRequest, context: RequestContext) -> Generated:
         resolved = self.resolve(request)
+        if self.filter and context.previews:
+            context = replace(context, previews=None)
+            resolved = replace(resolved, warnings=(*resolved.warnings, NO_PREVIEWS))
         self.engine.require_place()
-        if resolved.needs_preparing:
+        ahead = self.filter is not None or resolved.needs_preparing
+        if ahead:
             job = await self._prepare(resolved, context)
-            result = await self.engine.run(job, admitted=True)
         else:
-            result = await self.engine.run(Job(context, resolved.params, (), resolved.warnings))
+            job = Job(context, resolved.params, (), resolved.warnings)
+        result = await self.engine.run(job, admitted=ahead)
         self.step_times.learn(result)
-        return Generated(result, resolved.delivery)
+        if self.filter:
+            result = await self.filter.check_images(job, result)
+        return Generated(replace(result, inputs=job.inputs), resolved.delivery, self.marks)
 
     def retry_after(self) -> float | None:
         """Seconds until a place in the queue is free, as far as measured step times tell."""
         return self.step_times.wait(self.engine.queue(), ahead=0)
 
     async def _prepare(self, resolved: Resolved, context: RequestContext) -> Job:
-        """`prepare` in a thread. Whoever waits can leave at the deadline: the thread ends later."""
+        """`prepare` in a thread, then the filter. Whoever waits can leave at the deadline: the
+        thread ends later."""
         with self._place():
             loop = asyncio.get_running_loop()
             work = loop.run_in_executor(
@@ -143,16 +156,18 @@ class Generator:
                 raise
             if not work.done():
                 context.check()
-            return await work
+            job = await work
+            return await self.filter.check_request(job) if self.filter else job
 
     @contextmanager
     def _place(self) -> Iterator[None]:
-        """One of the places for requests that fetch, which are counted apart from the queue's."""
+        """One of the places for requests that fetch or are filtered, which are counted apart from
+        the queue's."""
         with self._lock:
             if self._preparing >= self.settings.queue_size:
                 raise QueueFull(
-                    f"{self._preparing} requests are waiting for LoRAs or images: try again later, "
-                    "or raise KLEIN_QUEUE_SIZE"
+                    f"{self._preparing} requests are waiting for LoRAs, images or the filter: try "
+                    "again later, or raise KLEIN_QUEUE_SIZE"
                 )
             self._preparing += 1
         try:
