@@ -1,3 +1,4 @@
+import asyncio
 import io
 import struct
 import zlib
@@ -173,3 +174,21 @@ def test_what_cannot_be_signed_does_not_leave(signed: Marks) -> None:
     """Neither unsigned nor with the library's own words."""
     with pytest.raises(InternalError, match="could not be signed"):
         signed.sign(b"no picture", "image/png", TEXT_ONLY)
+
+
+def test_the_pictures_of_a_request_become_its_ingredients(tmp_path: Path) -> None:
+    """From what the caller sends to what the file says, off the GPU's thread."""
+    generator = fakes.generator(
+        fakes.FakePipeline(), **certificates.chain(tmp_path).settings, KLEIN_AI_MARK="off"
+    )
+    sent = pictures.text(LOOK, "JPEG")
+    request = fakes.request(images=[sent], init_image=sent, output_format="webp")
+    generated = asyncio.run(generator.run(request, generator.context()))
+    generator.stop()
+    (image,) = response.encode(generated.result, generated.delivery, generated.marks)
+    manifest, failures = _read(image.data, "webp")
+    assert failures == set()
+    told = [(each["title"], each["format"]) for each in manifest["ingredients"]]
+    assert told == [("init_image", "image/jpeg"), ("images.0", "image/jpeg")]
+    assert marks.source_type(image.data) is None
+    assert generated.marks.as_dict() == {"ai": False, "c2pa": True, "metadata": "full"}
