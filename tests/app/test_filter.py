@@ -258,7 +258,7 @@ def test_a_filter_that_is_not_there_stops_the_start(name: str, says: str) -> Non
 def test_the_word_list_of_the_docs(
     pipeline: fakes.FakePipeline, prompt: str, word: str | None
 ) -> None:
-    """It runs as docs/filters.md says: whole words, however they are written."""
+    """It runs as docs/marks.md says: whole words, however they are written."""
     generator = fakes.generator(pipeline, KLEIN_FILTER="docs.word_list:check")
     try:
         if word is None:

@@ -66,7 +66,7 @@ def test_every_imported_package_is_declared() -> None:
 
 def test_what_is_pinned_is_in_the_declared_range() -> None:
     """Every dependency has its pin."""
-    pins = _pins("requirements.txt")
+    pins = _pins("requirements-dev.lock") | _pins("requirements.txt")
     optional = {"flash-attn"}
     for name, row in _declared().items():
         if name not in optional:
