@@ -2,6 +2,8 @@
 
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 from PIL import Image
 
@@ -15,7 +17,7 @@ NOT_CALLABLE = 1
 RED = (255, 0, 0)
 
 
-def judge(check: Check) -> Verdict:
+def judge(check: Check) -> Any:
     """Obeys the prompt's first word, and refuses images of seed 2 (as the fake pipeline draws
     them) and pictures that begin with red."""
     seen.append((check, threading.current_thread().name))
@@ -54,7 +56,7 @@ def scrawl(check: Check) -> Verdict:
     return None
 
 
-IMAGES = {
+IMAGES: dict[str, Callable[[Check], Verdict]] = {
     "stamp": lambda check: Mark("stamped", Image.new("RGB", check.images[0].size, RED)),
     "label": lambda check: Mark("labelled"),
     "shrink": lambda check: Mark("too small", Image.new("RGB", (1, 1))),
@@ -63,7 +65,7 @@ IMAGES = {
     "fail-late": fail,
     "hang-late": hang,
 }
-REQUESTS = {
+REQUESTS: dict[str, Callable[[Check], Any]] = {
     "bad": lambda check: Refuse("a bad word " + "!" * 1000, field="prompt"),
     "odd": lambda check: Mark("an odd word"),
     "fail": fail,
