@@ -189,7 +189,7 @@ def _valid(verdict: Any, check: Check) -> Verdict:
             return Refuse(str(reason)[:MAX_REASON], field)
         case Mark(reason, None):
             return Mark(str(reason)[:MAX_REASON])
-        case Mark(reason, image):
+        case Mark(reason, image) if image is not None:
             if check.stage == "request" or image.size != check.images[0].size:
                 raise ValueError("Mark.image must have the size of the finished image")
             return Mark(str(reason)[:MAX_REASON], image.convert("RGB"))
