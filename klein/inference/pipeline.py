@@ -30,7 +30,6 @@ from klein.core import (
     RequestContext,
     Timings,
 )
-from klein.errors import LoraError
 from klein.inference import latents, memory, offload
 from klein.inference.adapters.merge import AdapterRequest, LoraMerger
 from klein.inference.denoise import Embeddings, Forward, Run, Step, Tokens, denoise, noise_levels
@@ -162,7 +161,7 @@ class KleinPipeline:
             clock.lap("text")
             if self._offloader and self._offloader.activate(self.parts.transformer):
                 self._merger.forget()
-            reports = self._put_loras(job, warnings)
+            reports = self._put_loras(job, low_memory, warnings)
             clock.lap("lora")
             mu = mu_of(
                 params.schedule,
@@ -210,17 +209,17 @@ class KleinPipeline:
 
     # -- LoRAs ---------------------------------------------------------------------------------
 
-    def _put_loras(self, job: Job, warnings: list[str]) -> list[LoraReport]:
+    def _put_loras(self, job: Job, low_memory: bool, warnings: list[str]) -> list[LoraReport]:
         """Make the job's LoRAs active; with `lora_error: continue` failures become warnings."""
         requests = [
             AdapterRequest(redacted(spec.path), file, spec.scale or 0.0)
             for spec, file in zip(job.params.loras, job.loras, strict=True)
         ]
         with self._weights_in_reach(self._merger.has(requests)):
-            reports = self._merger.apply(requests)
+            reports = self._merger.apply(requests, last_try=low_memory)
+        if self._merger.errors and job.params.lora_error == "fail":
+            raise self._merger.errors[0]
         for report in reports:
-            if report.error and job.params.lora_error == "fail":
-                raise LoraError(report.error)
             if report.error:
                 warnings.append(f"DRAWN WITHOUT A LORA: {report.error}")
             elif not report.relative_change:

@@ -3,11 +3,12 @@
 import hashlib
 import math
 import os
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import TypeVar
 
 from klein.errors import LoraError, LoraUnavailable
 from klein.lora import keys, metadata
@@ -19,7 +20,12 @@ from klein.sources.safetensors import Damaged, Entry, Header, Shape
 
 MAX_HEADER_BYTES = 8 * 1024 * 1024
 """Of a LoRA's header: thousands of tensors and a trainer's notes take 2 MB."""
-CHUNK_BYTES = 8 * 1024 * 1024
+SETTLED_NS = 2_000_000_000
+"""After its last change a file is settled: clocks of file systems tick as slowly as every 2 s, and
+two changes within one tick look like one."""
+
+T = TypeVar("T")
+Raw = bytes | memoryview
 
 _KINDS: tuple[tuple[str, frozenset[str]], ...] = (
     ("lokr", frozenset({"lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a"})),
@@ -58,17 +64,26 @@ WIDTHS = {
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """One state of a file on disk: another one has other bytes, or may have."""
+    """One state of a file on disk: another one has other bytes, or may have.
+
+    Its owner can set `mtime_ns` back; nobody sets `ctime_ns`.
+    """
 
     device: int
     inode: int
     size: int
     mtime_ns: int
+    ctime_ns: int
 
     @classmethod
     def of(cls, stat: os.stat_result) -> "Identity":
         """That of a file whose `stat` it is."""
-        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether a change from now on makes another identity of it."""
+        return time.time_ns() - self.ctime_ns > SETTLED_NS
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +104,8 @@ class LoraFile:
     training: Mapping[str, str]
     identity: Identity
     defaults: LoraDefaults = LoraDefaults()
+    settled: bool = False
+    """Whether it had settled before it was hashed, so that its identity stands for its hash."""
 
     @property
     def base(self) -> str:
@@ -107,28 +124,42 @@ class LoraFile:
         """The largest rank in the file; 0 where the format has none."""
         return max(patch.rank for patch in self.patches)
 
-    def read(self) -> Iterator[tuple[Entry, memoryview]]:
-        """Every tensor with its bytes, in the order of the file, out of memory of its own.
+    def load(
+        self, read: Callable[[int, tuple[Entry, ...]], T], raw: Callable[[T], Iterable[Raw]]
+    ) -> T:
+        """What `read` makes of an open descriptor of the file and its tensors, in their order.
 
-        The bytes are proved to be those that were inspected. Raises LoraUnavailable for a file
-        that was replaced or deleted since, or that the disk does not give.
+        It is proved to be made of the bytes that were inspected: by the identity of a settled file
+        before and after, else by hashing what `raw` gives back of it, tensor by tensor. (Who maps
+        the file and writes to pages that he wrote to before can hide that until the kernel writes
+        them out.) Raises LoraUnavailable for a file that was replaced or deleted since, or that
+        the disk does not give.
         """
         try:
             with self.path.open("rb") as file:
-                if Identity.of(os.fstat(file.fileno())) != self.identity:
+                before = Identity.of(os.fstat(file.fileno()))
+                if before.size != self.identity.size:
                     raise self._changed()
-                data = bytearray(self.identity.size)
-                sha256 = _read_into(file, memoryview(data))
+                entries = safetensors.read(file, MAX_HEADER_BYTES).entries
+                loaded = read(file.fileno(), entries)
+                after = Identity.of(os.fstat(file.fileno()))
+                if not (self.settled and self.identity == before == after):
+                    head = os.pread(file.fileno(), entries[0].begin, 0)
+                    self._prove((head, *raw(loaded)))
+            return loaded
         except OSError as error:
             raise LoraUnavailable(
                 f"LoRA {self.name!r} cannot be read any more ({error.strerror}): try again"
             ) from error
-        if sha256 != self.sha256:
+        except (ValueError, IndexError) as error:  # cut off, or without a header
+            raise self._changed() from error
+
+    def _prove(self, parts: Iterable[Raw]) -> None:
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+        if digest.hexdigest() != self.sha256:
             raise self._changed()
-        whole = memoryview(data)
-        length = int.from_bytes(whole[:8], "little")
-        header = safetensors.parse(bytes(whole[8 : 8 + length]), len(data))
-        return ((entry, whole[entry.begin : entry.end]) for entry in header.entries)
 
     def _changed(self) -> LoraUnavailable:
         return LoraUnavailable(
@@ -142,16 +173,19 @@ def inspect(path: Path, name: str) -> LoraFile:
     try:
         with path.open("rb") as file:
             identity = Identity.of(os.fstat(file.fileno()))
+            settled = identity.is_settled
             header = safetensors.read(file, MAX_HEADER_BYTES)
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            if Identity.of(os.fstat(file.fileno())) != identity:
+                raise LoraUnavailable(f"LoRA {name!r} is being written: try again")
     except Damaged as error:
         raise LoraError(f"LoRA {name!r} is damaged: {error}") from error
     except OSError as error:
         raise LoraUnavailable(f"LoRA {name!r} cannot be read ({error.strerror})") from error
     if not header.entries:
         raise LoraError(f"LoRA {name!r} is damaged: it holds no tensors")
-    return _known(path, name, sha256, identity, header)
+    return replace(_known(path, name, sha256, identity, header), settled=settled)
 
 
 def _known(path: Path, name: str, sha256: str, identity: Identity, header: Header) -> LoraFile:
@@ -185,19 +219,6 @@ def _known(path: Path, name: str, sha256: str, identity: Identity, header: Heade
 def _is_factor(entry: Entry) -> bool:
     """Whether a tensor can be one of a LoRA's: trainers write floats, and alpha as any number."""
     return "F" in entry.dtype or math.prod(entry.shape) == 1
-
-
-def _read_into(file: IO[bytes], target: memoryview) -> str:
-    """Fill `target` from an unbuffered or buffered file; returns the sha256 of what came."""
-    digest, have = hashlib.sha256(), 0
-    while have < len(target):
-        chunk = target[have : have + CHUNK_BYTES]
-        size = file.readinto(chunk)  # type: ignore[attr-defined]
-        if not size:
-            break
-        digest.update(chunk[:size])
-        have += size
-    return digest.hexdigest()
 
 
 def _group(

@@ -8,7 +8,7 @@ from tests.support import fakes
 
 
 def _file(scale: float | None = None, trigger: str | None = None) -> LoraFile:
-    nowhere, own = Identity(0, 0, 0, 0), LoraDefaults(scale, trigger)
+    nowhere, own = Identity(0, 0, 0, 0, 0), LoraDefaults(scale, trigger)
     return LoraFile(Path("x"), "x", "0", "ai-toolkit", 1, (), (), {}, nowhere, own)
 
 

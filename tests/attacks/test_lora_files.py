@@ -5,15 +5,18 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from klein.errors import InvalidRequest, LoraError, LoraUnavailable
 from klein.lora import file
+from klein.lora.file import LoraFile
 from klein.lora.library import LoraLibrary
 from klein.lora.metadata import MAX_TRIGGER, MAX_TRIGGERS
 from klein.lora.spec import LoraSpec
+from klein.sources.safetensors import Entry
 from tests.support import loras
 
 LAYER = "diffusion_model.single_blocks.0.linear1"
@@ -36,40 +39,77 @@ def _raw(path: Path, header: bytes, data: bytes = b"") -> Path:
 # -- results that lie (1, 3, 4) ----------------------------------------------------------------
 
 
-def test_a_replaced_file_is_never_taken_for_the_one_inspected(tmp_path: Path) -> None:
+def _loaded(found: LoraFile) -> bytes:
+    """A LoRA's tensors, read as `load` has them read."""
+
+    return b"".join(found.load(_read, lambda tensors: tensors))
+
+
+def _read(fd: int, entries: tuple[Entry, ...]) -> list[bytes | memoryview]:
+    return [os.pread(fd, entry.end - entry.begin, entry.begin) for entry in entries]
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_a_replaced_file_is_never_taken_for_the_one_inspected(
+    tmp_path: Path, settled: bool
+) -> None:
     """Replaced, changed in place with its old time, cut off, deleted: said, and not applied."""
     path = _save(tmp_path)
     original = path.read_bytes()
-    found = file.inspect(path, "x")
-    assert original.endswith(b"".join(view for _, view in found.read()))
+    found = replace(file.inspect(path, "x"), settled=settled)
+    assert original.endswith(_loaded(found))
     other, _ = _plain(rank=8)
     loras.write(path, other)
     with pytest.raises(LoraUnavailable, match="was replaced"):
-        found.read()
+        _loaded(found)
     path.write_bytes(original)
-    found = file.inspect(path, "x")
+    found = replace(file.inspect(path, "x"), settled=settled)
+    time.sleep(0.02)  # a tick of the file system's clock: within one only the hash can tell
     with path.open("r+b") as changed:  # one byte, with the old size, inode and time
         changed.seek(-1, os.SEEK_END)
         changed.write(bytes([original[-1] ^ 1]))
     os.utime(path, ns=(found.identity.mtime_ns, found.identity.mtime_ns))
     with pytest.raises(LoraUnavailable, match="was replaced"):
-        found.read()
+        _loaded(found)
     os.truncate(path, 100)
     with pytest.raises(LoraUnavailable):
-        found.read()
+        _loaded(found)
     path.unlink()
     with pytest.raises(LoraUnavailable, match="cannot be read any more"):
-        found.read()
+        _loaded(found)
 
 
-def test_the_bytes_in_use_are_klein_s_own(tmp_path: Path) -> None:
-    """Nothing is mapped: cutting a file that is in use kills no worker."""
+def test_a_change_while_it_is_read_is_seen(tmp_path: Path) -> None:
+    """Also of a file that had settled: what was read is hashed then."""
     path = _save(tmp_path)
-    found = file.inspect(path, "x")
-    views = list(found.read())
-    os.truncate(path, 0)
-    for entry, view in views:
-        assert len(bytes(view)) == entry.end - entry.begin
+    found = replace(file.inspect(path, "x"), settled=True)
+    time.sleep(0.02)
+
+    def read(fd: int, entries: tuple[Entry, ...]) -> list[bytes | memoryview]:
+        raw = bytearray(path.read_bytes())
+        raw[entries[0].begin] ^= 1
+        path.write_bytes(raw)
+        return _read(fd, entries)
+
+    with pytest.raises(LoraUnavailable, match="was replaced"):
+        found.load(read, lambda tensors: tensors)
+
+
+def test_a_file_that_settled_is_hashed_once(tmp_path: Path) -> None:
+    """And one that was only touched or linked is still the one inspected."""
+    path = _save(tmp_path)
+    fresh = file.inspect(path, "x")
+    assert not fresh.settled
+    found = replace(fresh, settled=True)
+
+    def read(_: int, entries: tuple[Entry, ...]) -> int:
+        return len(entries)
+
+    assert found.load(read, lambda _: pytest.fail("hashed again")) == 2
+    time.sleep(0.02)
+    path.touch()
+    os.link(path, tmp_path / "link")
+    assert path.read_bytes().endswith(_loaded(found))
 
 
 def _layer(parts: Mapping[str, tuple[int, ...]], name: str = LAYER) -> dict[str, loras.Array]:

@@ -1,7 +1,7 @@
 """Every LoRA format against a reference: the weights with ΔW added in float32."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from klein.core import GenerationResult
-from klein.errors import LoraError
+from klein.core import GenerationResult, Job
+from klein.errors import LoraError, LoraUnavailable
+from klein.inference.adapters import factors
+from klein.inference.adapters.merge import AdapterRequest, LoraMerger
 from klein.inference.pipeline import KleinPipeline
-from klein.lora.file import LoraFile
+from klein.lora.file import LoraFile, inspect
+from klein.lora.library import LoraLibrary
+from klein.lora.spec import LoraSpec
 from tests.model.conftest import Draw, make_job
 from tests.model.stock import stock
 from tests.support import loras, tiny
@@ -334,19 +338,130 @@ def test_a_failing_lora_is_loud(draw: Draw, lora_folder: Path, two: tuple[str, s
         assert says in str(caught.value)
 
 
-def test_an_interrupted_switch_heals(
+def _broken(pipe: KleinPipeline, wanted: list[dict[str, Any]], **values: Any) -> Job:
+    """A job whose first LoRA breaks klein when its third layer is merged."""
+    job = make_job(pipe, loras=wanted, **values)
+    file, *others = job.loras
+    assert isinstance(file, LoraFile)
+    patches = list(file.patches)
+    odd = {**patches[2].tensors, "down": patches[0].tensors["up"]}
+    patches[2] = replace(patches[2], tensors=odd)
+    return replace(job, loras=(replace(file, patches=tuple(patches)), *others))
+
+
+def test_a_lora_that_breaks_klein_breaks_nothing_else(
     draw: Draw, two: tuple[str, str], tiny_pipe: KleinPipeline
 ) -> None:
-    """Whatever stops a merge half-way, the next job starts from pristine weights."""
+    """Half-way through a merge: it is named, the others act as alone, the next picture is clean."""
+    bad: dict[str, Any] = {"path": two[0]}
+    good = {"path": two[1], "scale": 0.8}
+    base, alone = _bytes(draw()), _bytes(draw(loras=[good]))
+    for wanted in ([bad, good], [bad]):
+        result = draw(_broken(tiny_pipe, wanted))
+        broken, *others = result.loras
+        assert f"LoRA {two[0]!r} could not be applied, by a fault of klein" in str(broken.error)
+        assert any("DRAWN WITHOUT A LORA" in warning for warning in result.warnings)
+        assert all(other.applied for other in others)
+        assert _bytes(result) == (alone if others else base)
+        with pytest.raises(LoraError, match=f"'{two[0]}' could not be applied"):
+            draw(_broken(tiny_pipe, wanted, lora_error="fail"))
+        assert _bytes(draw()) == base
+
+
+class _Large(Mapping[str, str]):
+    """The tensors of a patch that does not fit into GPU memory."""
+
+    def __getitem__(self, part: str) -> str:
+        raise torch.OutOfMemoryError
+
+    def __iter__(self) -> Iterator[str]:
+        raise torch.OutOfMemoryError
+
+    def __len__(self) -> int:
+        return 2
+
+
+def test_a_lora_that_does_not_fit_restarts_no_worker(
+    draw: Draw, two: tuple[str, str], tiny_pipe: KleinPipeline
+) -> None:
+    """Memory that runs out over a LoRA, twice, is its error; OutOfMemory would end the worker."""
     base = _bytes(draw())
-    job = make_job(tiny_pipe, loras=[{"path": two[0]}])
-    (file,) = job.loras
-    assert isinstance(file, LoraFile)
-    first, second, third, *rest = file.patches
-    patches = (first, second, replace(third, tensors={}), *rest)
-    with pytest.raises(KeyError):
-        draw(replace(job, loras=(replace(file, patches=patches),)))
-    assert _bytes(draw()) == base
+
+    def large(**values: Any) -> Job:
+        job = make_job(tiny_pipe, loras=[{"path": two[0]}], **values)
+        (file,) = job.loras
+        assert isinstance(file, LoraFile)
+        patches = (replace(file.patches[0], tensors=_Large()), *file.patches[1:])
+        return replace(job, loras=(replace(file, patches=patches),))
+
+    with pytest.raises(LoraUnavailable, match=f"'{two[0]}' did not fit into GPU memory, twice"):
+        draw(large(lora_error="fail"))
+    result = draw(large())
+    assert not result.loras[0].applied
+    assert _bytes(result) == _bytes(draw()) == base
+    assert draw(loras=[{"path": two[0]}]).loras[0].applied
+
+
+def test_factors_are_counted_before_they_are_read(
+    tiny_pipe: KleinPipeline, lora_folder: Path, two: tuple[str, str]
+) -> None:
+    """One LoRA after the other: the first for which no room is left is named, the others act."""
+    library = LoraLibrary(lora_folder)
+    files = [library.find(LoraSpec(path)) for path in two]
+    room = files[0].identity.size + files[1].identity.size // 2
+    merger = LoraMerger(tiny_pipe.parts.transformer, tiny_pipe.info.spec, free=lambda _: left())
+
+    def left() -> int:
+        return room - merger.spare_bytes()
+
+    requests = [AdapterRequest(one.name, one, 1.0) for one in files]
+    first, second = merger.apply(requests)
+    assert first.applied
+    assert not second.applied
+    assert f"LoRA {two[1]!r} needs 0.0 GB of memory" in str(second.error)
+    (alone,) = merger.apply(requests[1:])
+    assert alone.applied
+    merger.apply([])
+
+
+def test_factors_are_memory_of_kleins_own(lora_folder: Path, two: tuple[str, str]) -> None:
+    """A file that is cut off while it is in use kills no worker, as a mapped one does."""
+    path = lora_folder / "cut.safetensors"
+    path.write_bytes((lora_folder / two[0]).read_bytes())
+    file = inspect(path, path.name)
+    tensors = factors.read(file, torch.device("cpu"))
+    path.open("wb").close()
+    expected, _ = loras.ai_toolkit(SHAPES, rank=4, seed=1, trigger="zibbo")
+    assert tensors.keys() == expected.keys()
+    assert all(np.array_equal(tensors[name], expected[name]) for name in expected)
+    with pytest.raises(LoraUnavailable, match="was replaced"):
+        factors.read(file, torch.device("cpu"))
+
+
+def test_a_file_that_changes_after_its_inspection_is_not_applied(
+    draw: Draw, tiny_pipe: KleinPipeline, lora_folder: Path
+) -> None:
+    """Replaced or deleted while its job waits; and what it was is read again when it is back."""
+    path, base = lora_folder / "waits.safetensors", _bytes(draw())
+    tensors, _ = loras.ai_toolkit(SHAPES, rank=3, seed=7)
+    loras.write(path, tensors)
+    whole = path.read_bytes()
+    jobs = [make_job(tiny_pipe, loras=[{"path": path.name}], lora_error=x) for x in POLICIES]
+    for spoil, says in (
+        (lambda: path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1])), "was replaced"),
+        (path.unlink, "cannot be read any more"),
+    ):
+        spoil()
+        result = draw(jobs[0])
+        assert says in str(result.loras[0].error)
+        assert _bytes(result) == base
+        with pytest.raises(LoraUnavailable, match=says):
+            draw(jobs[1])
+    path.write_bytes(whole)
+    assert draw(jobs[1]).loras[0].applied
+
+
+POLICIES = ("continue", "fail")
 
 
 def test_bf16_files_are_read(draw: Draw, lora_folder: Path) -> None:

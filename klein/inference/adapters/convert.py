@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from klein.errors import LoraError
+from klein.inference.adapters import factors
 from klein.inference.adapters.delta import delta
 from klein.lora.file import LoraFile, Patch
 from klein.sources import safetensors
@@ -23,7 +24,7 @@ def convert(found: LoraFile, target: Path) -> int:
     changes become the fewest factors that reproduce them to 1e-5. Raises LoraError for a DoRA,
     which depends on the weights it is put on, and for what needs a rank above 256.
     """
-    stored = load_file(found.path)
+    stored = factors.read(found, torch.device("cpu"))
     tensors: dict[str, Tensor] = {}
     for patch in found.patches:
         up, down = _factors(found.name, patch, stored)

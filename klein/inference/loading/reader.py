@@ -78,7 +78,7 @@ def read(
                 stored = DTYPES[entry.dtype]
                 kind = dtype if stored.is_floating_point else stored
                 tensors[entry.name] = torch.empty(entry.shape, dtype=kind, device=device)
-            chunks += _chunks(file.fileno(), path, entries, tensors)
+            chunks += chunks_of(file.fileno(), path, entries, tensors)
         mover(device)(chunks)
     return tensors
 
@@ -194,7 +194,7 @@ class Chunk:
                 views[0] = views[0][got:]
 
 
-def _chunks(
+def chunks_of(
     fd: int, path: Path, entries: Iterable[Entry], tensors: dict[str, Tensor]
 ) -> list[Chunk]:
     """`entries`, in file order, in chunks of up to CHUNK_BYTES; none is cut within an element."""
