@@ -223,7 +223,9 @@ class KleinPipeline:
             if report.error:
                 warnings.append(f"DRAWN WITHOUT A LORA: {report.error}")
             elif not report.relative_change:
-                why = "it is zero everywhere" if report.scale else "its scale is 0"
+                why = "it is zero everywhere"
+                if abs(report.scale) < 0.005:  # nor is it known to be zero
+                    why = f"its scale is {report.scale:g}"
                 warnings.append(f"LoRA {report.path!r} changes nothing: {why}")
         return reports
 

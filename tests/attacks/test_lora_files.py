@@ -42,7 +42,8 @@ def _raw(path: Path, header: bytes, data: bytes = b"") -> Path:
 def _loaded(found: LoraFile) -> bytes:
     """A LoRA's tensors, read as `load` has them read."""
 
-    return b"".join(found.load(_read, lambda tensors: tensors))
+    tensors = found.load(_read, lambda tensors: tensors)
+    return b"".join(tensors)
 
 
 def _read(fd: int, entries: tuple[Entry, ...]) -> list[bytes | memoryview]:
