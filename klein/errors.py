@@ -19,7 +19,8 @@ KleinError
 ├── Cancelled            the caller gave the job up
 ├── OutOfMemory          the picture did not fit into memory
 ├── OutputTooLarge       the result is larger than the platform carries
-├── DeliveryFailed       the bucket did not take the picture
+├── DeliveryFailed       the bucket did not take the picture; it may, later
+│   └── DeliveryRefused  nor will it: its name, its keys or its policy say no
 └── InternalError        a fault of klein itself
 """
 
@@ -159,6 +160,10 @@ class OutputTooLarge(KleinError):
 class DeliveryFailed(KleinError):
     code = ErrorCode.DELIVERY_FAILED
     retryable = True
+
+
+class DeliveryRefused(DeliveryFailed):
+    retryable = False
 
 
 class InternalError(KleinError):

@@ -184,6 +184,12 @@ class Settings:
         "KLEIN_S3_ENDPOINT", None, str, "S3 endpoint URL for `return_type: url`"
     )
     s3_bucket: str | None = _setting("KLEIN_S3_BUCKET", None, str, "bucket the pictures go to")
+    s3_region: str = _setting(
+        "KLEIN_S3_REGION",
+        "auto",
+        str,
+        "the bucket's region, which signs its links: `eu-central-1` and the like on AWS",
+    )
     s3_key_id: Secret | None = _setting("KLEIN_S3_KEY_ID", None, Secret, "access key id")
     s3_secret: Secret | None = _setting("KLEIN_S3_SECRET", None, Secret, "secret access key")
     s3_expiry: int = _setting(
