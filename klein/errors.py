@@ -20,7 +20,7 @@ KleinError
 ├── OutOfMemory          the picture did not fit into memory
 ├── OutputTooLarge       the result is larger than the platform carries
 ├── DeliveryFailed       the bucket did not take the picture; it may, later
-│   └── DeliveryRefused  nor will it: its name, its keys or its policy say no
+│   └── DeliveryRefused  the bucket says no to its name, its keys or the picture
 └── InternalError        a fault of klein itself
 """
 
@@ -54,6 +54,7 @@ class ErrorCode(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     OUTPUT_TOO_LARGE = "output_too_large"
     DELIVERY_FAILED = "delivery_failed"
+    DELIVERY_REFUSED = "delivery_refused"
     INTERNAL = "internal"
 
 
@@ -163,6 +164,7 @@ class DeliveryFailed(KleinError):
 
 
 class DeliveryRefused(DeliveryFailed):
+    code = ErrorCode.DELIVERY_REFUSED
     retryable = False
 
 
