@@ -116,7 +116,11 @@ def _read(
             ),
             vae=modules.vae(folder / "vae", plan.read_to, dtype, pending["vae"]),
             transformer=modules.transformer(
-                folder / "transformer", plan.transformer_to, dtype, pending["transformer"]
+                folder / "transformer",
+                plan.transformer_to,
+                dtype,
+                pending["transformer"],
+                recognised=plan.checkpoint is not None,
             ),
             tokenizer=transformers.Qwen2Tokenizer.from_pretrained(
                 folder / "tokenizer", local_files_only=True

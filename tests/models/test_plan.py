@@ -185,7 +185,8 @@ def test_float8_weights_stay_as_they_are_where_they_fit(
     gpu: float, offload: str, tier: str
 ) -> None:
     """A 24 GB card holds all of them and a 16 GB card takes turns, without 18 GB of originals."""
-    machine = _machine(gpu, memory=40)
+    card = Device("cuda", "GPU", int(gpu * GB), int(gpu * GB), (8, 9))
+    machine = Machine((card,), 40 * GB, 100 * GB)
     chosen, _ = planning.place(_settings(), machine, NINE, "cuda", float8=True)
     situation = speed.situation(chosen, float8=True)
     faster = speed.choose("auto", "cuda", (8, 9), situation, float8=True)

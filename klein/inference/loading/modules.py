@@ -74,13 +74,19 @@ def start_reading(plan: Plan, dtype: torch.dtype | None = None) -> dict[str, Wei
 
 
 def transformer(
-    folder: Path, device: Device, dtype: torch.dtype, weights: Weights | None = None
+    folder: Path,
+    device: Device,
+    dtype: torch.dtype,
+    weights: Weights | None = None,
+    *,
+    recognised: bool = False,
 ) -> Any:
     """The Flux2Transformer2DModel in `folder` on `device`, for inference; raises as `_load`.
 
-    `weights` are those that `start_reading` reads already; here as below.
+    `weights` are those that `start_reading` reads already; here as below. `recognised` says that
+    they are a checkpoint's, whatever the configuration says of the folder's own.
     """
-    build = partial(_empty_diffusers, "Flux2Transformer2DModel", folder)
+    build = partial(_empty_diffusers, "Flux2Transformer2DModel", folder, recognised)
     return _load(folder, device, dtype, build, weights=weights)
 
 
@@ -141,13 +147,13 @@ def _load(
     return model.to(device).requires_grad_(False).eval()
 
 
-def _empty_diffusers(kind: str, folder: Path) -> Any:
+def _empty_diffusers(kind: str, folder: Path, recognised: bool = False) -> Any:
     """A model of diffusers as config.json says, its parameters on the meta device."""
     import diffusers
 
     made = getattr(diffusers, kind)
     config = dict(made.load_config(folder))
-    if config.pop("quantization_config", None) and kind != "Flux2Transformer2DModel":
+    if config.pop("quantization_config", None) and not recognised:
         raise _quantised(kind)
     with _without_weights():
         return made.from_config(config)
