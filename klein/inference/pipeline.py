@@ -346,6 +346,7 @@ def _info(parts: Parts, plan: Plan, settings: Settings, attention: str) -> Model
         attention=attention,
         speed=plan.acceleration.tier.name,
         speed_options=plan.acceleration.options,
+        transformer=plan.checkpoint.name if plan.checkpoint else None,
         versions={
             "klein": __version__,
             "torch": torch.__version__,

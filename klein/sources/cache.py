@@ -76,7 +76,9 @@ class Store:
         max_bytes: float,
         grace: float,
         free: Callable[[Path], int] = disk_free,
+        setting: str = "KLEIN_LORA_CACHE_GB",
     ) -> None:
+        """`setting` is the one that `max_bytes` comes from."""
         self._places = [folder]
         if not _writable(folder):
             temporary = _temporary()
@@ -85,6 +87,7 @@ class Store:
         self._max_bytes = max_bytes
         self._grace = grace
         self._free = free
+        self._setting = setting
         self._own = uuid.uuid4().hex[:12]
         self._lock = threading.Lock()
         self._flights: dict[str, _Flight] = {}
@@ -217,7 +220,7 @@ class Store:
         if size > self._max_bytes:
             raise FetchFailed(
                 f"it is larger than the whole cache of {self._max_bytes / 1e9:g} GB "
-                "(KLEIN_LORA_CACHE_GB)"
+                f"({self._setting})"
             )
         with self._lock:
             self._reserved[part] = size
@@ -225,7 +228,7 @@ class Store:
                 del self._reserved[part]
                 raise FetchFailed(
                     "the cache, or its disk, is full of files in use: try again later, or raise "
-                    "KLEIN_LORA_CACHE_GB",
+                    f"{self._setting}",
                     retryable=True,
                 )
 

@@ -92,4 +92,5 @@ def _verdict(settings: Settings, machine: Machine) -> list[str]:
     speed = f"{planned.acceleration.tier.name} tier"
     if planned.acceleration.why:
         speed += f" ({planned.acceleration.why})"
-    return [f"MODEL_ID={settings.model_id} can start: {planned.spec.name}, {planned.why}; {speed}"]
+    verdict = f"MODEL_ID={settings.model_id} can start: {planned.spec.name}, {planned.why}; {speed}"
+    return [verdict, *(f"  {note}" for note in planned.notes)]

@@ -31,7 +31,8 @@ def read(file: LoraFile, device: torch.device) -> Factors:
             entry.name: torch.empty(entry.shape, dtype=reader.DTYPES[entry.dtype], device=device)
             for entry in entries
         }
-        reader.mover(device)(reader.chunks_of(fd, file.path, entries, tensors))
+        placed = [(entry, (tensors[entry.name],)) for entry in entries]
+        reader.mover(device)(reader.chunks_of(fd, file.path, placed))
         return tensors
 
     def raw(tensors: Factors) -> list[memoryview]:

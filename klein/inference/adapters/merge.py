@@ -6,6 +6,7 @@ off is a copy: bit for bit the model as loaded. Every format ends in a ΔW, so a
 same few lines.
 
 A layer that acts through a float8 copy keeps W₀ where it is: W is quantised into the copy instead.
+One that has no other weight than the float8 one keeps a copy of that: W₀ is what it stands for.
 """
 
 import logging
@@ -20,7 +21,13 @@ from torch import Tensor
 
 from klein.core import LoraReport
 from klein.errors import LoraError, LoraUnavailable
-from klein.inference.acceleration.ops import acts_on, is_quantised, quantise_weight
+from klein.inference.acceleration.ops import (
+    acts_on,
+    float8_copy,
+    is_float8_only,
+    is_quantised,
+    quantise_weight,
+)
 from klein.inference.adapters.delta import delta, parts_of, strength_of
 from klein.inference.adapters.factors import FactorCache, Factors, free_bytes
 from klein.lora.file import LoraFile, Patch
@@ -100,7 +107,17 @@ class LoraMerger:
             for name, module in transformer.named_modules()
             if isinstance(module, torch.nn.Linear)
         }
-        self._pristine = {name: originals[f"{name}.weight"] for name in self._linears if originals}
+        self._pristine = {
+            name: originals[f"{name}.weight"]
+            for name in self._linears
+            if originals and f"{name}.weight" in originals
+        }
+        self._rows = {
+            name: (originals[f"{name}.float8"], originals[f"{name}.float8_scale"])
+            for name in self._linears
+            if originals and name not in self._pristine
+        }
+        """float8 values and scales as loaded, of the layers that have nothing else."""
         self._norms: dict[str, Tensor] = {}
         self._factors = FactorCache(acts_on(next(iter(self._linears.values()))), free)
         self._changed: set[str] = set()
@@ -187,7 +204,7 @@ class LoraMerger:
         return [
             LoraReport(one.path, one.scale, applied=False, error=str(errors[number]))
             if number in errors
-            else _report(one.path, adapters[number], merged[number])
+            else _report(one.path, adapters[number], merged[number], self._merged_into())
             for number, one in enumerate(requests)
         ]
 
@@ -207,7 +224,12 @@ class LoraMerger:
 
     def _merge_layer(self, name: str, shares: Sequence[_Share]) -> list[Tensor]:
         """Write one layer's weight; returns |scale · ΔW| of each share."""
-        original, layer = self._original(name), self._linears[name]
+        layer = self._linears[name]
+        if is_float8_only(layer) and not shares:
+            for kept, original in zip(float8_copy(layer), self._rows[name], strict=True):
+                kept.copy_(original)
+            return []
+        original = self._original(name)
         target = torch.empty_like(original) if is_quantised(layer) else layer.weight
         if len(shares) == 1 and _is_plain(shares[0], target):
             changes = [_put(shares[0], original, target)]
@@ -245,7 +267,7 @@ class LoraMerger:
         The copies stay on the GPU if they fit there beside a picture, else in main memory.
         """
         layer = self._linears[name]
-        weight = layer.weight
+        weight = self._dequantised(name) if is_float8_only(layer) else layer.weight
         if is_quantised(layer):
             weight = weight.to(acts_on(layer))
         if name not in self._norms:
@@ -258,6 +280,16 @@ class LoraMerger:
             self._pristine[name] = copy if self._room_for_copies(weight) else copy.cpu()
         return self._pristine[name].to(weight.device, non_blocking=True)
 
+    def _dequantised(self, name: str) -> Tensor:
+        """W₀ in float32 of a layer that has only a float8 weight, which is copied first."""
+        rows = float8_copy(self._linears[name])
+        if name not in self._rows:
+            at_hand = self._room_for_copies(rows[0])
+            values, scale = (x.clone() if at_hand else x.cpu() for x in rows)
+            self._rows[name] = values, scale
+        values, scale = (x.to(rows[0].device) for x in self._rows[name])
+        return values.float() * scale.t()
+
     def forget(self) -> None:
         """The transformer's weights are those loaded again: somebody put them back."""
         self._active, self._reports, self._changed = (), [], set()
@@ -265,21 +297,35 @@ class LoraMerger:
 
     def spare_bytes(self) -> int:
         """GPU memory that `release` would give back."""
-        return self._factors.nbytes() + sum(w.nbytes for w in self._pristine.values() if w.is_cuda)
+        return self._factors.nbytes() + sum(copy.nbytes for copy in self._copies() if copy.is_cuda)
 
     def release(self) -> None:
         """Give back the GPU memory that only makes switching quicker."""
         self._factors.clear()
         self._pristine = {name: copy.cpu() for name, copy in self._pristine.items()}
+        self._rows = {name: (a.cpu(), b.cpu()) for name, (a, b) in self._rows.items()}
+
+    def _copies(self) -> list[Tensor]:
+        return [*self._pristine.values(), *(x for rows in self._rows.values() for x in rows)]
 
     def _room_for_copies(self, weight: Tensor) -> bool:
         if not weight.is_cuda:
             return True
         spare = 6 * 1024**3
-        held = sum(w.nbytes for w in self._pristine.values() if w.is_cuda)
-        copied = [layer for layer in self._linears.values() if not is_quantised(layer)]
-        wanted = sum(layer.weight.nbytes for layer in copied)
+        held = sum(copy.nbytes for copy in self._copies() if copy.is_cuda)
+        wanted = sum(
+            layer.weight.nbytes if not is_quantised(layer) else layer.weight.numel()
+            for layer in self._linears.values()
+            if not is_quantised(layer) or is_float8_only(layer)
+        )
         return torch.cuda.mem_get_info()[0] > wanted - held + spare
+
+    def _merged_into(self) -> str:
+        """What W₀ is, in words for a report."""
+        layers = self._linears.values()
+        if any(map(is_float8_only, layers)):
+            return "float8"
+        return str(next(iter(layers)).weight.dtype).removeprefix("torch.")
 
 
 def _key(requests: Sequence[AdapterRequest]) -> tuple[tuple[str, float], ...]:
@@ -321,7 +367,7 @@ def _product_norm(up: Tensor, down: Tensor) -> Tensor:
     return ((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt()
 
 
-def _report(path: str, adapter: _Adapter, tally: _Tally) -> LoraReport:
+def _report(path: str, adapter: _Adapter, tally: _Tally, merged_into: str) -> LoraReport:
     layers = len(adapter.file.patches)
     mean = sum(tally.strengths) / len(tally.strengths)
     return LoraReport(
@@ -336,6 +382,7 @@ def _report(path: str, adapter: _Adapter, tally: _Tally) -> LoraReport:
         effective_scale=round(adapter.scale * mean, 6),
         relative_change=round(tally.mean_change, 8),
         trigger_words=adapter.file.trigger_words,
+        merged_into=merged_into,
     )
 
 
