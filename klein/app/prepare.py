@@ -68,6 +68,11 @@ def settle_loras(
         if spec.scale is None and own is not None:
             warnings.append(f"{name} acts at {own:g}, the scale kept beside it")
         specs.append(replace(spec, scale=scale))
+        if isinstance(file, LoraFile) and file.left_out:
+            warnings.append(
+                f"{name} acts without its {file.left_out} tensors for a text encoder: only the "
+                "transformer is changed by LoRAs"
+            )
         if spec.trigger != "auto" or not isinstance(file, LoraFile):
             continue
         if file.trigger is None:

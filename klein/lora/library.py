@@ -230,6 +230,7 @@ def describe(found: LoraFile) -> dict[str, Any]:
         "base": found.base,
         "rank": found.rank,
         "layers": len(found.patches),
+        "left_out": found.left_out,
         "trigger_words": list(found.trigger_words),
         "defaults": asdict(found.defaults),
         "training": dict(found.training),

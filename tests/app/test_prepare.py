@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,16 @@ def test_a_trigger_word_that_is_too_much_is_said() -> None:
     assert caught.value.field == "prompt"
     settled, _ = settle_loras(params, [_file(trigger="anna")])
     assert len(settled.prompt) == MAX_PROMPT
+
+
+def test_what_is_left_out_is_said() -> None:
+    """Of a file with changes of a text encoder."""
+    params = fakes.resolved(loras=[{"path": "a.safetensors"}]).params
+    _, warnings = settle_loras(params, [replace(_file(), left_out=24)])
+    assert warnings == (
+        "a.safetensors acts without its 24 tensors for a text encoder: only the transformer is "
+        "changed by LoRAs",
+    )
 
 
 AUTO = {"path": "a.safetensors", "trigger": "auto"}

@@ -163,7 +163,7 @@ def test_scale_and_shift_are_in_their_order(tmp_path: Path, name: str, swapped: 
     parts = {"lora_down.weight": (4, 8), "lora_up.weight": (16, 4)}
     path = loras.write(tmp_path / "x.safetensors", _layer(parts, name))
     (patch,) = file.inspect(path, "x").patches
-    assert (patch.modules, patch.swapped_halves) == (("norm_out.linear",), swapped)
+    assert (patch.modules, patch.target.swapped_halves) == (("norm_out.linear",), swapped)
     if swapped:
         lokr = _layer({"lokr_w1": (4, 2), "lokr_w2": (4, 4)}, name)
         path = loras.write(tmp_path / "y.safetensors", lokr)

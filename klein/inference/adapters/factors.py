@@ -42,6 +42,15 @@ def read(file: LoraFile, device: torch.device) -> Factors:
         return file.load(load, raw)
 
 
+def require_no_biases(file: LoraFile, tensors: Factors) -> None:
+    """Raise LoraError for a file that changes biases, of which its model has none; zeros do not."""
+    for name in file.biases:
+        if tensors[name].any():
+            raise LoraError(
+                f"LoRA {file.name!r} changes biases, which this model does not have: {name[:90]!r}"
+            )
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that can be had on `device`."""
     return memory.free_bytes() if device.type == "cuda" else memory_free(Path("/"))

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from klein.inference.acceleration.ops import (
     is_quantised,
     quantise_weight,
 )
+from klein.inference.adapters import factors
 from klein.inference.adapters.delta import delta, parts_of, strength_of
 from klein.inference.adapters.factors import FactorCache, Factors, free_bytes
 from klein.lora.file import LoraFile, Patch
@@ -102,24 +104,25 @@ class LoraMerger:
         """`originals` are the weights as loaded, by parameter name, where somebody keeps them;
         `free` gives the bytes of memory to be had on a device."""
         self._spec = spec
-        self._linears = {
+        self._layers: dict[str, Any] = {
             name: module
             for name, module in transformer.named_modules()
-            if isinstance(module, torch.nn.Linear)
+            if isinstance(module, torch.nn.Linear) or getattr(module, "weight", None) is not None
         }
+        """Linears, and norms, whose weight is (n)."""
         self._pristine = {
             name: originals[f"{name}.weight"]
-            for name in self._linears
+            for name in self._layers
             if originals and f"{name}.weight" in originals
         }
         self._rows = {
             name: (originals[f"{name}.float8"], originals[f"{name}.float8_scale"])
-            for name in self._linears
+            for name in self._layers
             if originals and name not in self._pristine
         }
         """float8 values and scales as loaded, of the layers that have nothing else."""
         self._norms: dict[str, Tensor] = {}
-        self._factors = FactorCache(acts_on(next(iter(self._linears.values()))), free)
+        self._factors = FactorCache(acts_on(next(iter(self._layers.values()))), free)
         self._changed: set[str] = set()
         self._active: tuple[tuple[str, float], ...] | None = ()
         self._reports: list[LoraReport] = []
@@ -136,22 +139,28 @@ class LoraMerger:
                 f"{self._spec.name} (width {self._spec.hidden})"
             )
         for patch in file.patches:
-            rows = 0
-            for name in patch.modules:
-                linear = self._linears.get(name)
-                if linear is None or linear.in_features != patch.shape[1]:
-                    why = "missing there" if linear is None else "of another width"
-                    raise LoraError(
-                        f"LoRA {file.name!r} does not fit {self._spec.name}: its layer "
-                        f"{patch.layer!r} is {why}"
-                    )
-                rows += linear.out_features
-            if rows != patch.shape[0]:
+            if why := self._misfit(patch):
                 raise LoraError(
                     f"LoRA {file.name!r} does not fit {self._spec.name}: its layer "
-                    f"{patch.layer!r} has {patch.shape[0]} rows, the model's has {rows}"
+                    f"{patch.layer!r} {why}"
                 )
         return file
+
+    def _misfit(self, patch: Patch) -> str | None:
+        """Why a patch is for no layer of this model, or None."""
+        rows, columns = 0, 0
+        for name in patch.modules:
+            if name not in self._layers:
+                return "is missing there"
+            rows_here, columns = (*self._layers[name].weight.shape, 1)[:2]
+            if patch.shape[1] not in (0, columns) or (patch.kind == "oft" and columns % patch.rank):
+                return "is of another width"
+            rows += rows_here
+        if patch.target.leading:
+            rows = 3 * columns
+        if patch.shape[0] not in (0, rows):
+            return f"has {patch.shape[0]} rows, the model's has {rows}"
+        return None
 
     def has(self, requests: Sequence[AdapterRequest]) -> bool:
         """Whether exactly `requests` were applied last."""
@@ -185,7 +194,9 @@ class LoraMerger:
         for number, one in enumerate(requests):
             try:
                 file = self.check(one.file)
-                adapters[number] = _Adapter(file, one.scale, self._factors.get(file, in_use))
+                tensors = self._factors.get(file, in_use)
+                factors.require_no_biases(file, tensors)
+                adapters[number] = _Adapter(file, one.scale, tensors)
             except Exception as error:
                 errors[number] = _lora_error(error, one, last_try)
         while True:  # until all that are left are merged
@@ -224,7 +235,7 @@ class LoraMerger:
 
     def _merge_layer(self, name: str, shares: Sequence[_Share]) -> list[Tensor]:
         """Write one layer's weight; returns |scale · ΔW| of each share."""
-        layer = self._linears[name]
+        layer = self._layers[name]
         if is_float8_only(layer) and not shares:
             for kept, original in zip(float8_copy(layer), self._rows[name], strict=True):
                 kept.copy_(original)
@@ -255,7 +266,7 @@ class LoraMerger:
                     strength = strength_of(patch, parts)
                 start = 0
                 for name in patch.modules:
-                    rows = slice(start, start + self._linears[name].out_features)
+                    rows = slice(start, start + len(self._layers[name].weight))
                     share = _Share(number, patch, parts, rows, one.scale, strength)
                     shares.setdefault(name, []).append(share)
                     start = rows.stop
@@ -266,7 +277,7 @@ class LoraMerger:
 
         The copies stay on the GPU if they fit there beside a picture, else in main memory.
         """
-        layer = self._linears[name]
+        layer = self._layers[name]
         weight = self._dequantised(name) if is_float8_only(layer) else layer.weight
         if is_quantised(layer):
             weight = weight.to(acts_on(layer))
@@ -282,7 +293,7 @@ class LoraMerger:
 
     def _dequantised(self, name: str) -> Tensor:
         """W₀ in float32 of a layer that has only a float8 weight, which is copied first."""
-        rows = float8_copy(self._linears[name])
+        rows = float8_copy(self._layers[name])
         if name not in self._rows:
             at_hand = self._room_for_copies(rows[0])
             values, scale = (x.clone() if at_hand else x.cpu() for x in rows)
@@ -315,17 +326,19 @@ class LoraMerger:
         held = sum(copy.nbytes for copy in self._copies() if copy.is_cuda)
         wanted = sum(
             layer.weight.nbytes if not is_quantised(layer) else layer.weight.numel()
-            for layer in self._linears.values()
+            for layer in self._layers.values()
             if not is_quantised(layer) or is_float8_only(layer)
         )
-        return torch.cuda.mem_get_info()[0] > wanted - held + spare
+        free: int = torch.cuda.mem_get_info()[0]
+        return free > wanted - held + spare
 
     def _merged_into(self) -> str:
         """What W₀ is, in words for a report."""
-        layers = self._linears.values()
+        layers = self._layers.values()
         if any(map(is_float8_only, layers)):
             return "float8"
-        return str(next(iter(layers)).weight.dtype).removeprefix("torch.")
+        dtype: torch.dtype = next(iter(layers)).weight.dtype
+        return str(dtype).removeprefix("torch.")
 
 
 def _key(requests: Sequence[AdapterRequest]) -> tuple[tuple[str, float], ...]:
@@ -337,10 +350,10 @@ def _key(requests: Sequence[AdapterRequest]) -> tuple[tuple[str, float], ...]:
 
 def _is_plain(share: _Share, target: Tensor) -> bool:
     """Whether one matrix product with float32 sums gives the rounded result at once."""
-    dtypes = {share.parts[part].dtype for part in ("up", "down") if part in share.parts}
-    return (
-        share.patch.kind == "lora" and not share.patch.swapped_halves and dtypes == {target.dtype}
-    )
+    layer = share.patch.target
+    if share.patch.kind != "lora" or layer.swapped_halves or layer.leading or target.ndim != 2:
+        return False
+    return share.parts["up"].dtype == share.parts["down"].dtype == target.dtype
 
 
 @contextmanager
