@@ -2,11 +2,14 @@
 
 import json
 import os
+import resource
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -16,8 +19,10 @@ from klein.lora.file import LoraFile
 from klein.lora.library import LoraLibrary
 from klein.lora.metadata import MAX_TRIGGER, MAX_TRIGGERS
 from klein.lora.spec import LoraSpec
+from klein.sources.cache import Store
+from klein.sources.fetch import Fetcher
 from klein.sources.safetensors import Entry
-from tests.support import loras
+from tests.support import loras, servers
 
 LAYER = "diffusion_model.single_blocks.0.linear1"
 
@@ -405,6 +410,50 @@ def test_a_disk_that_takes_nothing_is_not_the_callers_fault(tmp_path: Path) -> N
     folder.rmdir()
     with pytest.raises(LoraUnavailable, match="cannot be written"):
         library.add("a.safetensors", [b"x"])
+
+
+@contextmanager
+def _disk_that_takes(size: int) -> Iterator[None]:
+    """No file of this process grows above `size` bytes, as on a disk that fills up."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_fills_up_under_an_upload(tmp_path: Path) -> None:
+    """It is told, may be tried again, and leaves nothing behind."""
+    data = _save(tmp_path, "made").read_bytes()
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    library = LoraLibrary(folder)
+    with (
+        _disk_that_takes(len(data) - 1),
+        pytest.raises(LoraUnavailable, match=r"'a\.safetensors' cannot be written"),
+    ):
+        library.add("a.safetensors", [data[:100], data[100:]])
+    assert not list(folder.iterdir())
+    assert library.add("a.safetensors", [data])["name"] == "a.safetensors"
+
+
+def test_a_disk_that_fills_up_under_a_download(tmp_path: Path) -> None:
+    """The same; and once there is room, the next try takes what had come."""
+    tensors, _ = _plain(rank=2000)
+    data = loras.write(tmp_path / "made", tensors).read_bytes()
+    with servers.serve(lambda _: (200, {"etag": '"1"'}, data)) as server:
+        fetcher = Fetcher(frozenset({urlsplit(server.url).netloc}))
+        library = LoraLibrary(None, Store(tmp_path / "cache", 1e9, grace=60), fetcher)
+        spec = LoraSpec(f"{server.url}/anna.safetensors")
+        with (
+            _disk_that_takes(len(data) // 2),
+            pytest.raises(LoraUnavailable, match=r"anna\.safetensors' cannot be stored"),
+        ):
+            library.find(spec)
+        assert library.find(spec).rank == 2000
+        assert "range" in server.seen[-1].headers
+    assert not list((tmp_path / "cache" / "partial").iterdir())
 
 
 def test_a_fault_of_klein_is_that_of_one_lora(

@@ -324,13 +324,12 @@ class LoraMerger:
             return True
         spare = 6 * 1024**3
         held = sum(copy.nbytes for copy in self._copies() if copy.is_cuda)
-        wanted = sum(
+        wanted: int = sum(
             layer.weight.nbytes if not is_quantised(layer) else layer.weight.numel()
             for layer in self._layers.values()
             if not is_quantised(layer) or is_float8_only(layer)
         )
-        free: int = torch.cuda.mem_get_info()[0]
-        return free > wanted - held + spare
+        return torch.cuda.mem_get_info()[0] > wanted - held + spare
 
     def _merged_into(self) -> str:
         """What W₀ is, in words for a report."""
