@@ -94,7 +94,8 @@ class LoraReport:
 
     `effective_scale` is scale · alpha / rank (the mean over layers that differ), `relative_change`
     the mean over its layers of |scale · ΔW| / |W| (Frobenius norms), `seconds` what it took to put
-    all LoRAs of the job on.
+    all LoRAs of the job on. `merged_into` is what the model's weights come in: into "float8" ones a
+    LoRA is merged in float32, and they are rounded to float8 again, so it acts nearly as trained.
     """
 
     path: str
@@ -109,6 +110,7 @@ class LoraReport:
     effective_scale: float | None = None
     relative_change: float | None = None
     trigger_words: tuple[str, ...] = ()
+    merged_into: str | None = None
     seconds: float | None = None
 
 
@@ -124,7 +126,8 @@ class GeneratedImage:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The model that drew a picture, and on what; `speed` is the tier in force."""
+    """The model that drew a picture, and on what; `speed` is the tier in force, `transformer` the
+    file that its transformer's weights are from, where that is not the model's own."""
 
     id: str
     revision: str | None
@@ -136,6 +139,13 @@ class ModelInfo:
     attention: str = "torch's own attention"
     speed: str = "eager"
     speed_options: tuple[str, ...] = ()
+    transformer: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The model's name, and its file's, without a comma."""
+        file = f" ({self.transformer.replace(',', '_')})" if self.transformer else ""
+        return f"{self.spec.name}{file}"
 
 
 @dataclass(frozen=True, slots=True)

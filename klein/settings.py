@@ -72,6 +72,25 @@ class Settings:
     model_revision: str | None = _setting(
         "MODEL_REVISION", None, str, "commit, tag or branch of the Hub repository"
     )
+    transformer: str | None = _setting(
+        "KLEIN_TRANSFORMER",
+        None,
+        str,
+        "one .safetensors file in place of the model's transformer: a path, "
+        "`owner/repo:file.safetensors[@revision]`, an https address or `civitai:VERSION`",
+    )
+    transformer_cache: Path = _setting(
+        "KLEIN_TRANSFORMER_CACHE",
+        Path("~/.cache/klein/transformers"),
+        Path,
+        "folder of such files that were fetched; may be a volume, or read-only",
+    )
+    transformer_cache_gb: float = _setting(
+        "KLEIN_TRANSFORMER_CACHE_GB",
+        60.0,
+        _number(float, 0, 10000),
+        "its size limit in GB; the longest unused goes first",
+    )
     hf_token: Secret | None = _setting(
         "HF_TOKEN", None, Secret, "Hugging Face token for gated models and private LoRAs"
     )
@@ -94,7 +113,8 @@ class Settings:
         "KLEIN_SPEED",
         "auto",
         _choice("auto", "eager", "exact", "fast", "turbo"),
-        "the tier: `auto` (`exact` on a GPU, `eager` without), `eager`, `exact`, `fast` or `turbo`",
+        "the tier: `auto` (`exact` on a GPU, `fast` there with float8 weights, `eager` without), "
+        "`eager`, `exact`, `fast` or `turbo`",
     )
     attention: str = _setting(
         "KLEIN_ATTENTION",
@@ -184,6 +204,12 @@ class Settings:
         "KLEIN_S3_ENDPOINT", None, str, "S3 endpoint URL for `return_type: url`"
     )
     s3_bucket: str | None = _setting("KLEIN_S3_BUCKET", None, str, "bucket the pictures go to")
+    s3_region: str = _setting(
+        "KLEIN_S3_REGION",
+        "auto",
+        str,
+        "the bucket's region, which signs its links: `eu-central-1` and the like on AWS",
+    )
     s3_key_id: Secret | None = _setting("KLEIN_S3_KEY_ID", None, Secret, "access key id")
     s3_secret: Secret | None = _setting("KLEIN_S3_SECRET", None, Secret, "secret access key")
     s3_expiry: int = _setting(

@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from klein.app.estimate import StepTimes
+from klein.app.lanes import Lanes
 from klein.app.metrics import Recorder
 from klein.app.prepare import prepare
 from klein.core import (
@@ -32,6 +35,7 @@ from klein.settings import Settings
 from klein.sources.fetch import Fetcher
 
 PREPARING_THREADS = 4
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,7 @@ class Generator:
         self._preparing = 0
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(PREPARING_THREADS, "klein-prepare")
+        self.lanes = Lanes()
         engine.on_change(self._observe)
 
     def context(
@@ -125,6 +130,13 @@ class Generator:
         self.step_times.learn(result)
         return Generated(result, resolved.delivery)
 
+    async def render(self, generated: Generated, work: Callable[[Generated], T]) -> T:
+        """`work` on a result, which encodes its images and may put them into the bucket: in a
+        thread that only such work can hold up."""
+        by_link = self.bucket is not None and generated.delivery.return_type == "url"
+        lane = self.lanes.delivery if by_link else self.lanes.encoding
+        return await lane.run(partial(work, generated))
+
     def retry_after(self) -> float | None:
         """Seconds until a place in the queue is free, as far as measured step times tell."""
         return self.step_times.wait(self.engine.queue(), ahead=0)
@@ -162,6 +174,7 @@ class Generator:
                 self._preparing -= 1
 
     def stop(self) -> None:
-        """End the engine and the preparing threads."""
+        """End the engine and the threads beside it."""
         self.engine.stop()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self.lanes.stop()

@@ -205,11 +205,13 @@ class JobRegistry:
 
     async def _draw(self, id: str, spec: JobSpec, context: RequestContext) -> Output:
         generated = await self._generator.run(spec.request, context)
-        bucket = self._generator.bucket
+        return await self._generator.render(generated, partial(self._output, id, spec.links))
+
+    def _output(self, id: str, links: bool, generated: Generated) -> Output:
         if generated.delivery.return_type == "url":
-            made = (generated.result, generated.delivery, bucket)
-            return Output(await asyncio.to_thread(response.to_json, *made), ())
-        return await asyncio.to_thread(_encode, id, generated, spec.links)
+            made = (generated.result, generated.delivery, self._generator.bucket)
+            return Output(response.to_json(*made), ())
+        return _encode(id, generated, links)
 
     async def _accept(self, job: Job) -> None:
         """Let the first step of the job's task run, which finds it a place in the queue or

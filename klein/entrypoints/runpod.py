@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from klein.app import build
@@ -71,12 +72,14 @@ class Worker:
             previews = PreviewRequest(feed.show, every=PREVIEW_EVERY) if wants_previews else None
             context = self._generator.context(request_id, feed.push, previews)
             generated = await self._generator.run(request, context)
-        return await asyncio.to_thread(
-            response.to_json_within,
-            generated.result,
-            generated.delivery,
-            self._generator.bucket,
-            self._generator.settings.max_response_mb * 1e6,
+        return await self._generator.lanes.delivery.run(
+            partial(
+                response.to_json_within,
+                generated.result,
+                generated.delivery,
+                self._generator.bucket,
+                self._generator.settings.max_response_mb * 1e6,
+            )
         )
 
 

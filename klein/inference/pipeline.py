@@ -30,7 +30,6 @@ from klein.core import (
     RequestContext,
     Timings,
 )
-from klein.errors import LoraError
 from klein.inference import latents, memory, offload
 from klein.inference.adapters.merge import AdapterRequest, LoraMerger
 from klein.inference.denoise import Embeddings, Forward, Run, Step, Tokens, denoise, noise_levels
@@ -162,7 +161,7 @@ class KleinPipeline:
             clock.lap("text")
             if self._offloader and self._offloader.activate(self.parts.transformer):
                 self._merger.forget()
-            reports = self._put_loras(job, warnings)
+            reports = self._put_loras(job, low_memory, warnings)
             clock.lap("lora")
             mu = mu_of(
                 params.schedule,
@@ -210,21 +209,23 @@ class KleinPipeline:
 
     # -- LoRAs ---------------------------------------------------------------------------------
 
-    def _put_loras(self, job: Job, warnings: list[str]) -> list[LoraReport]:
+    def _put_loras(self, job: Job, low_memory: bool, warnings: list[str]) -> list[LoraReport]:
         """Make the job's LoRAs active; with `lora_error: continue` failures become warnings."""
         requests = [
             AdapterRequest(redacted(spec.path), file, spec.scale or 0.0)
             for spec, file in zip(job.params.loras, job.loras, strict=True)
         ]
         with self._weights_in_reach(self._merger.has(requests)):
-            reports = self._merger.apply(requests)
+            reports = self._merger.apply(requests, last_try=low_memory)
+        if self._merger.errors and job.params.lora_error == "fail":
+            raise self._merger.errors[0]
         for report in reports:
-            if report.error and job.params.lora_error == "fail":
-                raise LoraError(report.error)
             if report.error:
                 warnings.append(f"DRAWN WITHOUT A LORA: {report.error}")
             elif not report.relative_change:
-                why = "it is zero everywhere" if report.scale else "its scale is 0"
+                why = "it is zero everywhere"
+                if abs(report.scale) < 0.005:  # nor is it known to be zero
+                    why = f"its scale is {report.scale:g}"
                 warnings.append(f"LoRA {report.path!r} changes nothing: {why}")
         return reports
 
@@ -345,6 +346,7 @@ def _info(parts: Parts, plan: Plan, settings: Settings, attention: str) -> Model
         attention=attention,
         speed=plan.acceleration.tier.name,
         speed_options=plan.acceleration.options,
+        transformer=plan.checkpoint.name if plan.checkpoint else None,
         versions={
             "klein": __version__,
             "torch": torch.__version__,

@@ -188,12 +188,13 @@ def _known(path: Path, name: str) -> LoraFile:
         identity = Identity.of(path.stat())
     except OSError as error:
         raise LoraUnavailable(f"LoRA {name!r} cannot be read ({error.strerror})") from error
-    return replace(_inspect(path, name, identity), defaults=defaults(path))
+    found = _inspect(path, name, identity, identity.is_settled)
+    return replace(found, defaults=defaults(path))
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _inspect(path: Path, name: str, _: Identity) -> LoraFile:
-    """Headers and hashes are read once for each state of a file."""
+def _inspect(path: Path, name: str, _: Identity, settled: bool) -> LoraFile:
+    """Headers and hashes are read once for each state of a file, and again once it is settled."""
     return file.inspect(path, name)
 
 
@@ -229,6 +230,7 @@ def describe(found: LoraFile) -> dict[str, Any]:
         "base": found.base,
         "rank": found.rank,
         "layers": len(found.patches),
+        "left_out": found.left_out,
         "trigger_words": list(found.trigger_words),
         "defaults": asdict(found.defaults),
         "training": dict(found.training),

@@ -182,7 +182,8 @@ def test_the_least_recently_used_is_thrown_away(tmp_path: Path) -> None:
         paths = {}
         for rank in (1, 2):
             paths[rank] = library.find(LoraSpec(f"{server.url}/{rank}")).path
-        os.utime(paths[2], (1, 1))
+        for each in (paths[2], paths[2].with_suffix(".used")):
+            os.utime(each, (1, 1))
         library.find(LoraSpec(f"{server.url}/1"))
         library.find(LoraSpec(f"{server.url}/3"))
         assert not paths[2].exists()

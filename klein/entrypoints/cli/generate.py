@@ -23,6 +23,7 @@ from klein.request import images as inputs
 from klein.request.formats import FORMAT_ALIASES, FORMATS
 from klein.request.schema import GenerateRequest, parse
 from klein.settings import Settings
+from klein.sources.reference import SUFFIX
 
 JSON_FIELDS = ("loras", "images", "extend")
 
@@ -83,12 +84,21 @@ def read_bytes(path: Path) -> bytes:
 
 
 def parse_lora(text: str) -> dict[str, Any]:
-    """`PATH` or `PATH:SCALE` as a LoRA of a request."""
+    """`PATH` or `PATH:SCALE` as a LoRA of a request; raises InvalidRequest for another SCALE.
+
+    A colon inside an address or a file's name, or of `civitai:VERSION`, begins no scale.
+    """
     path, colon, scale = text.rpartition(":")
-    try:
-        return {"path": path, "scale": float(scale)} if colon else {"path": text}
-    except ValueError:
+    if not colon or path == "civitai" or "/" in scale or scale.endswith(SUFFIX):
         return {"path": text}
+    try:
+        return {"path": path, "scale": float(scale)}
+    except ValueError as error:
+        raise InvalidRequest(
+            f"lora: {scale!r} after {path!r} is no number: write --lora PATH:0.8, or PATH alone "
+            "for its own scale",
+            field="loras",
+        ) from error
 
 
 def _options(schema: dict[str, Any]) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ def http_status(code: ErrorCode) -> int:
             return 499
         case ErrorCode.INTERNAL | ErrorCode.OUTPUT_TOO_LARGE:
             return 500
-        case ErrorCode.DELIVERY_FAILED | ErrorCode.IMAGE_UNAVAILABLE:
+        case ErrorCode.DELIVERY_FAILED | ErrorCode.DELIVERY_REFUSED | ErrorCode.IMAGE_UNAVAILABLE:
             return 502
         case ErrorCode.LORA_UNAVAILABLE:
             return 503

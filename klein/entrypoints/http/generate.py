@@ -85,7 +85,7 @@ async def _answer(
     context = generator.context()
     try:
         generated = await run_while_connected(generator, asked, context, request)
-        return await asyncio.to_thread(render, generated)
+        return await generator.render(generated, render)
     except KleinError as error:
         full = isinstance(error, QueueFull)
         return error_response(error, context.id, generator.retry_after() if full else None)

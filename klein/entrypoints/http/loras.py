@@ -11,6 +11,7 @@ from typing import IO, Any, TypeVar
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from klein.app.generator import Generator
 from klein.entrypoints.http.errors import error_response
 from klein.errors import InvalidRequest, KleinError
 from klein.lora.library import LoraLibrary
@@ -24,7 +25,7 @@ T = TypeVar("T")
 @router.get("/loras")
 async def list_loras(request: Request) -> Response:
     """Every LoRA at hand, with what is known of it."""
-    return await _answer(_library(request).entries, lambda rows: {"loras": rows})
+    return await _answer(request, _library(request).entries, lambda rows: {"loras": rows})
 
 
 @router.post("/loras")
@@ -37,12 +38,12 @@ async def add_lora(request: Request) -> Response:
         kind = request.headers.get("content-type", "").split(";")[0]
         if kind == "application/json":
             spec, name = _reference(await request.body())
-            return await _answer(partial(library.add_reference, spec, name), lambda row: row)
+            return await _answer(request, partial(library.add_reference, spec, name))
         async with _body(request, kind) as (file, name):
             if name is None:
                 raise InvalidRequest("name: add ?name=x.safetensors to the address", field="name")
             chunks = iter(partial(file.read, 1 << 20), b"")
-            return await _answer(partial(library.add, name, chunks), lambda row: row)
+            return await _answer(request, partial(library.add, name, chunks))
     except KleinError as error:
         return error_response(error)
 
@@ -54,7 +55,8 @@ async def remove_lora(request: Request, name: str) -> Response:
         _require_uploads(request)
     except KleinError as error:
         return error_response(error)
-    return await _answer(partial(_library(request).remove, name), lambda _: {"removed": name})
+    remove = partial(_library(request).remove, name)
+    return await _answer(request, remove, lambda _: {"removed": name})
 
 
 def _library(request: Request) -> LoraLibrary:
@@ -110,9 +112,14 @@ async def _body(request: Request, kind: str) -> AsyncIterator[tuple[IO[bytes], s
         yield file, name
 
 
-async def _answer(work: Callable[[], T], shape: Callable[[T], Any]) -> Response:
-    """Do `work`, which reads and writes files, beside the event loop."""
+async def _answer(
+    request: Request, work: Callable[[], T], shape: Callable[[T], Any] = lambda row: row
+) -> Response:
+    """Do `work`, which reads and writes files, beside the event loop; what changes them may take
+    as long as a job."""
+    generator: Generator = request.app.state.generator
+    seconds = None if request.method == "GET" else generator.settings.timeout
     try:
-        return JSONResponse(shape(await asyncio.to_thread(work)))
+        return JSONResponse(shape(await generator.lanes.files.run(work, seconds)))
     except KleinError as error:
         return error_response(error)

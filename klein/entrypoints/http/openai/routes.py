@@ -1,6 +1,5 @@
 """`/v1`: images and models as OpenAI's clients ask for them."""
 
-import asyncio
 import logging
 from typing import Any
 
@@ -9,7 +8,7 @@ from fastapi.sse import EventSourceResponse
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from klein.app.generator import Generator
+from klein.app.generator import Generated, Generator
 from klein.core import ModelInfo, new_id
 from klein.entrypoints.http.errors import OPENAI_ERRORS
 from klein.entrypoints.http.events import HEADERS
@@ -112,11 +111,11 @@ async def _answer(
             generator, asked.request, generator.context(id), request
         )
 
-    def render() -> Response:
+    def render(generated: Generated) -> Response:
         headers = {**result_headers(generated), "x-request-id": id}
         return JSONResponse(images_json(asked, generated, generator.bucket), headers=headers)
 
-    return await asyncio.to_thread(render)
+    return await generator.render(generated, render)
 
 
 async def _stream(
