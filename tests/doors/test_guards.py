@@ -16,6 +16,7 @@ from starlette.types import Message
 from klein.entrypoints.http import limits
 from klein.entrypoints.http.app import middlewares, standalone
 from klein.entrypoints.http.auth import OPEN_PATHS
+from klein.entrypoints.http.draining import Door
 from klein.errors import BadSetting
 from klein.lora.library import LoraLibrary
 from klein.settings import Settings
@@ -102,12 +103,13 @@ def test_pages_of_other_origins_change_nothing(
         ({"KLEIN_API_KEYS": f"a:{ANNA}:admin"}, "uploads"),
         ({"KLEIN_API_KEYS": " , "}, "no key"),
         ({"KLEIN_API_KEYS_FILE": "/no/such/file"}, "cannot be read"),
+        ({"KLEIN_CORS_ORIGINS": "*, https://app.example"}, "every origin"),
     ],
 )
-def test_keys_that_are_none_stop_the_start(settings: dict[str, str], says: str) -> None:
+def test_settings_that_cannot_be_meant_stop_the_start(settings: dict[str, str], says: str) -> None:
     """Never an open server by a slip of the pen, and never a key in the message."""
     with pytest.raises(BadSetting, match=says) as caught:
-        middlewares(Settings.from_env(settings))
+        middlewares(Settings.from_env(settings), Door())
     assert ANNA not in str(caught.value)
 
 

@@ -13,8 +13,10 @@ from klein.app.jobs import JobRegistry
 from klein.app.webhooks import Webhooks
 from klein.entrypoints.http import catalog, errors, generate, jobs, loras, playground
 from klein.entrypoints.http.auth import RequireKey, read_keys
+from klein.entrypoints.http.draining import Door, GuardDoor
 from klein.entrypoints.http.limits import MB, LimitRequests
 from klein.entrypoints.http.openai import routes as openai
+from klein.errors import BadSetting
 from klein.settings import Settings
 
 PLAYGROUND = "To draw and try everything without a line of code: [the page](ui)."
@@ -55,10 +57,16 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await app.state.jobs.stop()
 
 
-def middlewares(settings: Settings) -> list[Middleware]:
-    """What every request passes, outermost first; raises BadSetting for keys that are none."""
-    chain: list[Middleware] = []
+def middlewares(settings: Settings, door: Door) -> list[Middleware]:
+    """What every request passes, outermost first; raises BadSetting for keys or origins that
+    cannot be meant."""
+    chain: list[Middleware] = [(GuardDoor, {"door": door})]
     if settings.cors_origins:
+        if "*" in settings.cors_origins and len(settings.cors_origins) > 1:
+            raise BadSetting(
+                "KLEIN_CORS_ORIGINS: `*` is every origin: leave it out, or the others",
+                field="KLEIN_CORS_ORIGINS",
+            )
         allowed = {"allow_origins": sorted(settings.cors_origins)}
         chain.append((CORSMiddleware, {**allowed, "allow_methods": ["*"], "allow_headers": ["*"]}))
     chain.append((RequireKey, {"keys": read_keys(settings)}))
@@ -70,6 +78,6 @@ def standalone(generator: Generator) -> FastAPI:
     """The app with its middlewares, without BentoML around it."""
     app = create_app()
     connect(app, generator)
-    for middleware, options in reversed(middlewares(generator.settings)):
+    for middleware, options in reversed(middlewares(generator.settings, Door())):
         app.add_middleware(middleware, **options)
     return app

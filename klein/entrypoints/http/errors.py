@@ -157,7 +157,7 @@ def install(app: FastAPI) -> None:
     for kind, handler in (
         (KleinError, _on_klein_error),
         (RequestValidationError, _on_invalid),
-        (HTTPException, _on_http),
+        (HTTPException, on_http_exception),
     ):
         app.add_exception_handler(kind, cast("Any", handler))
 
@@ -177,13 +177,16 @@ async def _on_invalid(_: Request, error: RequestValidationError) -> Response:
     return error_response(invalid(errors))
 
 
-async def _on_http(_: Request, error: HTTPException) -> Response:
-    """Unknown paths and methods."""
+async def on_http_exception(_: Request, error: HTTPException) -> Response:
+    """What a framework refuses by itself: unknown paths and methods, forms it cannot read."""
+    codes = [code for code in ErrorCode if http_status(code) == error.status_code]
+    other = ErrorCode.INTERNAL if error.status_code >= 500 else ErrorCode.INVALID_REQUEST
+    code = codes[0] if codes else other
     detail = {
-        "code": {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http"),
+        "code": str(code),
         "message": str(error.detail),
         "field": None,
-        "retryable": False,
+        "retryable": code is ErrorCode.NOT_READY,
         "request_id": None,
     }
     return ErrorResponse(detail, error.status_code, error.headers)
