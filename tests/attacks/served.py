@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from klein.core import GenerationResult, Job
-from service import Klein
+from service import APP, Klein
 from tests.support import fakes
 
 STEP_SECONDS = 0.1
@@ -31,3 +31,9 @@ def load() -> SlowPipeline:
 
 inner: Any = Klein.inner  # type: ignore[attr-defined]
 inner.load = staticmethod(load)
+
+
+@APP.get("/pid", include_in_schema=False)
+async def pid() -> int:
+    """The worker's process id."""
+    return os.getpid()

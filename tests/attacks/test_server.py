@@ -1,0 +1,142 @@
+"""What a server does under pressure and at its end; real processes, without a model."""
+
+import contextlib
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import live
+
+REQUESTS = 3000
+KEPT_BYTES = 1000
+"""Of memory a request may cost for good; it was about 5,000."""
+ONE_STEP = {"prompt": "x", "num_inference_steps": 1}
+SLOW = {"prompt": "x", "num_inference_steps": 10}
+
+
+@contextlib.contextmanager
+def serving(home: Path, **env: str) -> Iterator[tuple[str, subprocess.Popen[bytes], Path]]:
+    """`bentoml serve` on a slow fake; its host and port, its process and its log."""
+    port, log = live.free_port(), home / "serve.log"
+    argv = [str(live.BIN / "bentoml"), "serve", "tests.attacks.served:Klein", "--port", str(port)]
+    with live.process(argv, live.environment(home, **env), log) as running:
+        yield f"localhost:{port}", running, log
+
+
+def ask(host: str, method: str, path: str, body: Any = None) -> tuple[int, dict[str, str], Any]:
+    """Status, headers and JSON of an answer on a connection of its own."""
+    connection = http.client.HTTPConnection(host, timeout=60)
+    data = None if body is None else json.dumps(body)
+    connection.request(method, path, data, {"content-type": "application/json"} if data else {})
+    answer = connection.getresponse()
+    text = answer.read()
+    connection.close()
+    json_there = "json" in answer.headers.get("content-type", "")
+    return answer.status, dict(answer.headers.items()), json.loads(text) if json_there else text
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process holds."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * 4096
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(tmp_path_factory.mktemp("served")) as (host, running, log):
+        live.wait_for(f"http://{host}/readyz", 200, running, log)
+        yield host
+
+
+def test_unknown_paths_and_methods_have_kleins_shape(host: str) -> None:
+    """Those that BentoML refuses too, which come to no route of klein's app."""
+    for method, path, status, code in (
+        ("GET", "/nothing", 404, "not_found"),
+        ("GET", "/static_content/nothing", 404, "not_found"),
+        ("GET", "/generate", 405, "invalid_request"),
+        ("DELETE", "/presets", 405, "invalid_request"),
+    ):
+        answer = ask(host, method, path)
+        assert (answer[0], answer[2]["error"]["code"]) == (status, code)
+
+
+def test_requests_leave_nothing_in_memory(host: str) -> None:
+    """No timer, no span, no task of any of them: measured on the cheapest route."""
+    pid = ask(host, "GET", "/pid")[2]
+    connection = http.client.HTTPConnection(host)
+
+    def some() -> int:
+        for _ in range(REQUESTS):
+            connection.request("GET", "/ping")
+            connection.getresponse().read()
+        return resident(pid)
+
+    with contextlib.closing(connection):
+        before = some()
+        assert some() - before < REQUESTS * KEPT_BYTES
+
+
+def test_connections_without_a_request_are_few(host: str) -> None:
+    """BentoML's uvicorn is bounded too: a thousand of them, and a probe is answered."""
+    port = int(host.rpartition(":")[2])
+    callers = [socket.create_connection(("localhost", port)) for _ in range(900)]
+    assert ask(host, "GET", "/livez")[0] == 200
+    callers[0].settimeout(5)
+    assert callers[0].recv(1) == b""
+    for caller in callers:
+        caller.close()
+
+
+def test_draining(tmp_path: Path) -> None:
+    """After SIGTERM who runs, waits or has a job is answered; new callers are refused at once."""
+    with serving(tmp_path) as (host, running, log), ThreadPoolExecutor() as pool:
+        live.wait_for(f"http://{host}/readyz", 200, running, log)
+        assert ask(host, "POST", "/generate_json", ONE_STEP)[0] == 200
+        known = http.client.HTTPConnection(host)
+        known.request("GET", "/ping")
+        known.getresponse().read()
+        drawn = [pool.submit(ask, host, "POST", "/generate_json", SLOW) for _ in range(2)]
+        time.sleep(0.5)
+        job = ask(host, "POST", "/jobs", {"input": SLOW})[2]
+        running.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        for method, path, body in (
+            ("GET", "/readyz", None),
+            ("GET", "/ping", None),
+            ("GET", "/presets", None),
+            ("POST", "/generate", ONE_STEP),
+            ("POST", "/jobs", {"input": ONE_STEP}),
+        ):
+            started = time.monotonic()
+            status, headers, told = ask(host, method, path, body)
+            assert (status, told["error"]["code"]) == (503, "not_ready")
+            assert (headers["connection"], bool(headers["retry-after"])) == ("close", True)
+            assert time.monotonic() - started < 1
+        with contextlib.closing(known):
+            known.request("GET", "/presets")
+            assert known.getresponse().status == 503
+        assert ask(host, "GET", "/livez")[0] == 200
+        events = pool.submit(ask, host, "GET", f"/jobs/{job['id']}/events")
+        assert ask(host, "GET", f"/jobs/{job['id']}")[2]["status"] in ("starting", "processing")
+        assert [each.result()[0] for each in drawn] == [200, 200]
+        assert b"event: completed" in events.result()[2]
+        assert running.wait(20) is not None
+
+
+def test_sigterm_while_the_model_loads(tmp_path: Path) -> None:
+    """Nothing is under way: there is nothing to wait for."""
+    with serving(tmp_path, LOAD_SECONDS="100") as (host, running, log):
+        live.wait_for(f"http://{host}/livez", 200, running, log)
+        started = time.monotonic()
+        running.send_signal(signal.SIGTERM)
+        running.wait(30)
+        assert time.monotonic() - started < 10
