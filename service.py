@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn, TypeVar
 
 import bentoml
-from _bentoml_sdk import Service
 from bentoml._internal.server.http.traffic import TimeoutMiddleware
 from PIL import Image
 from starlette.applications import Starlette
@@ -69,7 +68,7 @@ DOOR = Door()
 HTTP_PROTOCOLS["auto"] = f"{BoundedProtocol.__module__}:{BoundedProtocol.__qualname__}"
 
 
-class KleinService(Service[T]):
+class BorderedService(bentoml.Service[T]):  # type: ignore[misc]
     """BentoML's service, without its timeout and with klein's shape of errors.
 
     Its timeout never takes its timers back: each keeps about 5 KB for as long as a request may
@@ -77,7 +76,7 @@ class KleinService(Service[T]):
     """
 
     def to_asgi(self, is_main: bool = True) -> Starlette:
-        """The app that BentoML's worker serves."""
+        """The app that a worker serves."""
         app: Starlette = super().to_asgi(is_main)
         kept = [each for each in app.user_middleware if each.cls is not TimeoutMiddleware]
         app.user_middleware = kept
@@ -87,7 +86,7 @@ class KleinService(Service[T]):
 
 @bentoml.service(
     name="klein",
-    service_class=KleinService,
+    service_class=BorderedService,
     workers=1,
     resources={"gpu": 1},
     traffic={"timeout": SETTINGS.timeout + 60},

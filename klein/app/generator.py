@@ -21,8 +21,8 @@ from klein.core import (
     RequestContext,
     new_id,
 )
-from klein.engine.engine import REFUSALS, Engine, State
-from klein.errors import Cancelled, NotReady, QueueFull
+from klein.engine.engine import Engine
+from klein.errors import QueueFull
 from klein.lora.library import LoraLibrary
 from klein.output.delivery import Bucket
 from klein.output.response import require_bucket
@@ -91,12 +91,7 @@ class Generator:
         Cancelling the waiter cancels the work and returns once the GPU is free of it.
         """
         with self._recorded() as record:
-            try:
-                generated = await self._run(request, context)
-            except Cancelled as error:
-                if self.engine.state is not State.STOPPED:
-                    raise
-                raise NotReady(REFUSALS[State.STOPPED]) from error
+            generated = await self._run(request, context)
             record(generated.result)
         return generated
 

@@ -1,4 +1,4 @@
-"""klein on a pipeline that takes its time, without a model: `bentoml serve tests.attacks.served:Klein`.
+"""klein on a slow pipeline without a model: `bentoml serve tests.attacks.served:Klein`.
 
 LOAD_SECONDS is what loading takes; a step takes STEP_SECONDS.
 """

@@ -4,7 +4,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Security
+from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
 from klein import __version__
@@ -21,6 +22,13 @@ from klein.settings import Settings
 
 PLAYGROUND = "To draw and try everything without a line of code: [the page](ui)."
 """Above the routes in `/docs`."""
+KEYS = [
+    Security(
+        HTTPBearer(auto_error=False, description="one of the server's keys, where it has any")
+    ),
+    Security(APIKeyHeader(name="X-API-Key", auto_error=False, description="the same")),
+]
+"""How OpenAPI tells of keys; `RequireKey` looks at them."""
 Middleware = tuple[Any, dict[str, Any]]
 """A class of ASGI middleware, and its options."""
 
@@ -36,7 +44,7 @@ def create_app() -> FastAPI:
         lifespan=_lifespan,
     )
     for room in (generate, openai, jobs, catalog, loras, playground):
-        app.include_router(room.router)
+        app.include_router(room.router, dependencies=KEYS, responses=errors.ERRORS)
     errors.install(app)
     app.state.generator = None
     app.state.jobs = None

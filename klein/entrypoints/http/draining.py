@@ -79,8 +79,8 @@ def drain_on_sigterm(
 
     async def drain() -> None:
         until = time.monotonic() + seconds
-        while (door.under_way or jobs()) and time.monotonic() < until:
-            await asyncio.sleep(LOOK_SECONDS)  # noqa: ASYNC110 (jobs end in many places)
+        while (door.under_way or jobs()) and time.monotonic() < until:  # noqa: ASYNC110 (jobs end in many places)
+            await asyncio.sleep(LOOK_SECONDS)
         leave(signal.SIGTERM, None)
 
     def leave(number: int, frame: FrameType | None) -> None:

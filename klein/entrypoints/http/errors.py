@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from klein.errors import ErrorCode, InvalidRequest, KleinError
+from klein.errors import ErrorCode, InternalError, InvalidRequest, KleinError
 from klein.request.schema import invalid
 
 RETRY_SECONDS = 5.0
@@ -158,6 +158,7 @@ def install(app: FastAPI) -> None:
         (KleinError, _on_klein_error),
         (RequestValidationError, _on_invalid),
         (HTTPException, on_http_exception),
+        (Exception, _on_bug),
     ):
         app.add_exception_handler(kind, cast("Any", handler))
 
@@ -167,6 +168,11 @@ async def _on_klein_error(request: Request, error: KleinError) -> Response:
     full = error.code is ErrorCode.QUEUE_FULL and generator is not None
     id = getattr(request.state, "request_id", None)
     return error_response(error, id, generator.retry_after() if full else None)
+
+
+async def _on_bug(_: Request, __: Exception) -> Response:
+    """The server that runs the app logs it."""
+    return error_response(InternalError("klein failed: see its log"))
 
 
 async def _on_invalid(_: Request, error: RequestValidationError) -> Response:
