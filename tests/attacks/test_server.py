@@ -1,5 +1,6 @@
 """What a server does under pressure and at its end; real processes, without a model."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -9,16 +10,20 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.attacks import hostile
 from tests.support import live
 
 REQUESTS = 3000
 KEPT_BYTES = 1000
 """Of memory a request may cost for good; it was about 5,000."""
+HOSTILE = 300
+"""Hostile requests of the short form."""
 ONE_STEP = {"prompt": "x", "num_inference_steps": 1}
 SLOW = {"prompt": "x", "num_inference_steps": 10}
 
@@ -67,6 +72,21 @@ def test_unknown_paths_and_methods_have_kleins_shape(host: str) -> None:
     ):
         answer = ask(host, method, path)
         assert (answer[0], answer[2]["error"]["code"]) == (status, code)
+
+
+def test_hostile_requests(host: str) -> None:
+    """Each is answered or ended at once, none with a fault of klein's, and never with what was sent."""
+    address = host.split(":")
+    faults = []
+
+    async def attack() -> None:
+        for request in islice(hostile.requests(seed=1), HOSTILE):
+            reply = await hostile.send(address[0], int(address[1]), request, seconds=15)
+            if fault := reply.fault():
+                faults.append((request[:300], fault[:300]))
+
+    asyncio.run(attack())
+    assert not faults, faults[:5]
 
 
 def test_requests_leave_nothing_in_memory(host: str) -> None:
