@@ -61,7 +61,7 @@ class Reply:
     def fault(self) -> str | None:
         """What is wrong with it as the answer to a hostile request, None if nothing is."""
         if self.status < 400:
-            return None
+            return None if self.status else "no answer"
         if len(self.body) > ERROR_BYTES:
             return f"an error of {len(self.body)} bytes"
         try:

@@ -75,7 +75,7 @@ def test_unknown_paths_and_methods_have_kleins_shape(host: str) -> None:
 
 
 def test_hostile_requests(host: str) -> None:
-    """Each is answered or ended at once, none with a fault of klein's, and never with what was sent."""
+    """Each is answered soon, none with a fault of klein's or with all that was sent."""
     address = host.split(":")
     faults = []
 

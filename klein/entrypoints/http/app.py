@@ -15,7 +15,7 @@ from klein.app.webhooks import Webhooks
 from klein.entrypoints.http import catalog, errors, generate, jobs, loras, playground
 from klein.entrypoints.http.auth import RequireKey, read_keys
 from klein.entrypoints.http.draining import Door, GuardDoor
-from klein.entrypoints.http.limits import MB, LimitRequests
+from klein.entrypoints.http.limits import MB, LimitRequests, ReadToTheEnd
 from klein.entrypoints.http.openai import routes as openai
 from klein.errors import BadSetting
 from klein.settings import Settings
@@ -68,7 +68,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def middlewares(settings: Settings, door: Door) -> list[Middleware]:
     """What every request passes, outermost first; raises BadSetting for keys or origins that
     cannot be meant."""
-    chain: list[Middleware] = [(GuardDoor, {"door": door})]
+    chain: list[Middleware] = [(ReadToTheEnd, {}), (GuardDoor, {"door": door})]
     if settings.cors_origins:
         if "*" in settings.cors_origins and len(settings.cors_origins) > 1:
             raise BadSetting(

@@ -1,6 +1,7 @@
 """What a request may weigh and how long it may take to arrive, checked before anything reads it."""
 
 import asyncio
+import contextlib
 import json
 import time
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ BODY_RATE = 50_000
 """Bytes a second that a body must keep up on average."""
 JSON = "application/json"
 JSON_WITH_PICTURES = ("/generate", "/v1/images/generations")
+LINGER_SECONDS = 2.0
+"""For the rest of a body whose request is answered already."""
 WITH_PICTURES = ("/jobs/", "/v1/images/edits")
 UPLOADS = "/loras"
 
@@ -170,6 +173,48 @@ class _Bounded:
                 raise
         if self._fault is not None and not started:
             await error_response(self._fault)(scope, receive, send)
+
+
+class ReadToTheEnd:
+    """ASGI middleware: an answer that comes before the end of its request's body ends after it.
+
+    A server that closes a connection while bytes are coming resets it, and the caller may never
+    see why it was refused.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let it through; what still comes after the answer is dropped for LINGER_SECONDS."""
+        done = scope["type"] != "http" or not _has_body(scope)
+
+        async def read() -> Message:
+            nonlocal done
+            message = await receive()
+            done = done or message["type"] != "http.request" or not message.get("more_body", False)
+            return message
+
+        async def answer(message: Message) -> None:
+            if (
+                not done
+                and message["type"] == "http.response.body"
+                and not message.get("more_body")
+            ):
+                await send({**message, "more_body": True})
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LINGER_SECONDS):
+                        while not done:
+                            await read()
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
+        await self._app(scope, read, answer)
+
+
+def _has_body(scope: Scope) -> bool:
+    headers = Headers(scope=scope)
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 class _Replay:
