@@ -41,7 +41,8 @@ METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD", "TRACE"]
 ODD_HEADERS = [
     b"last-event-id: 9999999999999", b"last-event-id: \xff", b"prefer: wait=99999999", b"range: x",
     b"prefer: wait=-1", b"authorization: Bearer \xff", b"x-api-key: " + b"k" * 9_000, b"cookie: =;",
-    b"accept: application/vnd.bentoml+pickle", b"content-encoding: gzip", b"host: a b", b"expect: x",
+    b"accept: application/vnd.bentoml+pickle", b"content-encoding: gzip", b"host: a b",
+    b"expect: x",
     b"x-forwarded-for: \x7f", b"traceparent: 00-zz-zz-zz", b"origin: http://[::1", b"upgrade: h2c",
 ]  # fmt: skip
 HONEST = ("not_ready", "deadline_exceeded", "queue_full", "lora_unavailable", "image_unavailable")

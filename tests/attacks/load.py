@@ -1,4 +1,4 @@
-"""Fifty callers for five minutes on the built-in model, then faults: `python -m tests.attacks.load`.
+"""Fifty callers for five minutes on the built-in model: `python -m tests.attacks.load`.
 
 Every kind of call is made at once, hostile requests and callers who hang up among them. What is
 counted: statuses, how each accepted job ended, the worker's memory, how long probes waited.
@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ HUNG_SECONDS = 90.0
 HOSTILE = 3000
 WARM = 60.0
 """Seconds after which memory has to stay as it is."""
+LOOKS = ["/presets", "/models", "/capabilities", "/loras", "/v1/models", "/jobs", "/ping", "/ui/"]
 LAST_EVENTS = {"completed", "failed", "canceled"}
 PROBE = """
 import json, sys, time, urllib.request
@@ -105,13 +105,13 @@ class Caller:
         async with self.client.stream("POST", path, json=body | more) as answer:
             text = (await answer.aread()).decode()
         self.tally.count("stream", answer.status_code, text.encode())
-        if answer.status_code == 200 and "image_generation.completed" not in text:
-            if not any(code in text for code in hostile.HONEST):
-                self.tally.faults.append(f"stream: {text[-300:]}")
+        told = ("image_generation.completed", *hostile.HONEST)
+        if answer.status_code == 200 and not any(each in text for each in told):
+            self.tally.faults.append(f"stream: {text[-300:]}")
 
     async def edit(self) -> None:
         form = {"prompt": "x", "num_inference_steps": "1"}
-        files = {"image": ("a.png", pictures.encode(pictures.noise(64, 64)))}
+        files = {"image": ("a.png", pictures.data(pictures.noise(64, 64)))}
         await self.ask("edit", "POST", "/v1/images/edits", data=form, files=files)
 
     async def look(self) -> None:
@@ -219,7 +219,7 @@ async def call(caller: Caller, end: float) -> None:
             caller.tally.faults.append(f"{doing.__name__}: {error!r}")
 
 
-# -- the worker from outside ------------------------------------------------------------------------
+# -- the worker from outside -----------------------------------------------------------------------
 
 
 def worker(supervisor: int) -> int:
