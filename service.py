@@ -28,7 +28,7 @@ from klein.core import ImagePipeline
 from klein.engine.engine import State
 from klein.entrypoints.http.app import connect, create_app, middlewares
 from klein.entrypoints.http.connections import BoundedProtocol
-from klein.entrypoints.http.draining import Door, drain_on_sigterm
+from klein.entrypoints.http.draining import Door, Draining
 from klein.entrypoints.http.errors import on_http_exception
 from klein.entrypoints.http.generate import answer_with_image, answer_with_json
 from klein.errors import KleinError
@@ -142,12 +142,12 @@ class Klein:
             recorder=RECORDER,
         )
         connect(APP, self.generator)
-        drain_on_sigterm(
+        Draining(
             DOOR,
             lambda: APP.state.jobs.under_way,
             lambda: self.generator.engine.state is State.LOADING,
-            seconds=SETTINGS.timeout + LEAVE_SECONDS,
-        )
+            SETTINGS.timeout + LEAVE_SECONDS,
+        ).install()
 
     def _load_and_greet(self) -> ImagePipeline:
         log.info("loading %s", SETTINGS.model_id)

@@ -47,7 +47,7 @@ ODD_HEADERS = [
 ]  # fmt: skip
 HONEST = ("not_ready", "deadline_exceeded", "queue_full", "lora_unavailable", "image_unavailable")
 """Codes of refusals that a caller did not cause."""
-ERROR_BYTES = 20_000
+ERROR_BYTES = 3_000
 """Of an error at most, whatever was sent."""
 
 

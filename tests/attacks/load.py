@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 
 from tests.attacks import hostile
+from tests.attacks.processes import NANO, Held, serving, worker
 from tests.support import live, pictures
 
 SETTINGS = {
@@ -219,41 +220,6 @@ async def call(caller: Caller, end: float) -> None:
             caller.tally.faults.append(f"{doing.__name__}: {error!r}")
 
 
-# -- the worker from outside -----------------------------------------------------------------------
-
-
-def worker(supervisor: int) -> int:
-    """The process that BentoML's supervisor runs the service in; 0 while there is none."""
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(entry.read_text().rpartition(")")[2].split()[1])
-            command = entry.with_name("cmdline").read_text()
-        except OSError:
-            continue
-        if parent == supervisor and "_bentoml_impl.worker" in command:
-            return int(entry.parent.name)
-    return 0
-
-
-@dataclass(frozen=True)
-class Held:
-    """What a process holds: megabytes of memory, threads, open files."""
-
-    mb: float
-    threads: int
-    files: int
-
-    @classmethod
-    def by(cls, pid: int) -> "Held":
-        proc = Path(f"/proc/{pid}")
-        pages = int((proc / "statm").read_text().split()[1])
-        return cls(
-            round(pages * 4096 / 1e6, 1),
-            len(list((proc / "task").iterdir())),
-            len(list((proc / "fd").iterdir())),
-        )
-
-
 async def watch(pid: int, end: float) -> list[tuple[float, float]]:
     """Seconds and megabytes of the worker, every second."""
     started, samples = time.monotonic(), []
@@ -275,7 +241,9 @@ async def load(url: str, pid: int, seconds: float, clients: int) -> dict[str, An
         callers = [
             call(Caller(client, random.Random(n), tally, attacks), end) for n in range(clients)
         ]
-        samples, *_ = await asyncio.gather(watch(pid, end), *callers)
+        watching = asyncio.create_task(watch(pid, end))
+        await asyncio.gather(*callers)
+    samples = await watching
     waits = json.loads((await probe.communicate())[0])
     warm = min(WARM, seconds / 2)
     first = median(mb for at, mb in samples if warm <= at < warm + 15)
@@ -304,10 +272,8 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=50)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
-        port, log = live.free_port(), Path(home) / "serve.log"
-        url = f"http://127.0.0.1:{port}"
-        argv = [str(live.BIN / "bentoml"), "serve", "service:Klein", "--port", str(port)]
-        with live.process(argv, live.environment(Path(home), **SETTINGS), log) as running:
+        with serving(Path(home), NANO, **SETTINGS) as (host, running, log):
+            url = f"http://{host}"
             live.wait_for(f"{url}/readyz", 200, running, log)
             figures = asyncio.run(load(url, worker(running.pid), args.seconds, args.clients))
         print(json.dumps(figures, indent=2))

@@ -3,6 +3,7 @@
 LOAD_SECONDS is what loading takes; a step takes STEP_SECONDS.
 """
 
+import asyncio
 import os
 import time
 from typing import Any
@@ -33,7 +34,7 @@ inner: Any = Klein.inner  # type: ignore[attr-defined]
 inner.load = staticmethod(load)
 
 
-@APP.get("/pid", include_in_schema=False)
-async def pid() -> int:
-    """The worker's process id."""
-    return os.getpid()
+@APP.get("/worker", include_in_schema=False)
+async def worker() -> dict[str, int]:
+    """Its process id, and how many tasks its event loop has."""
+    return {"pid": os.getpid(), "tasks": len(asyncio.all_tasks())}

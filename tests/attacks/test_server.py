@@ -3,20 +3,18 @@
 import asyncio
 import contextlib
 import http.client
-import json
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.attacks import hostile
+from tests.attacks.processes import Held, ask, serving, worker
 from tests.support import live
 
 REQUESTS = 3000
@@ -26,33 +24,6 @@ HOSTILE = 300
 """Hostile requests of the short form."""
 ONE_STEP = {"prompt": "x", "num_inference_steps": 1}
 SLOW = {"prompt": "x", "num_inference_steps": 10}
-
-
-@contextlib.contextmanager
-def serving(home: Path, **env: str) -> Iterator[tuple[str, subprocess.Popen[bytes], Path]]:
-    """`bentoml serve` on a slow fake; its host and port, its process and its log."""
-    port, log = live.free_port(), home / "serve.log"
-    argv = [str(live.BIN / "bentoml"), "serve", "tests.attacks.served:Klein", "--port", str(port)]
-    with live.process(argv, live.environment(home, **env), log) as running:
-        yield f"localhost:{port}", running, log
-
-
-def ask(host: str, method: str, path: str, body: Any = None) -> tuple[int, dict[str, str], Any]:
-    """Status, headers and JSON of an answer on a connection of its own."""
-    connection = http.client.HTTPConnection(host, timeout=60)
-    data = None if body is None else json.dumps(body)
-    connection.request(method, path, data, {"content-type": "application/json"} if data else {})
-    answer = connection.getresponse()
-    text = answer.read()
-    connection.close()
-    json_there = "json" in answer.headers.get("content-type", "")
-    return answer.status, dict(answer.headers.items()), json.loads(text) if json_there else text
-
-
-def resident(pid: int) -> int:
-    """Bytes of memory that a process holds."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * 4096
 
 
 @pytest.fixture(scope="module")
@@ -91,18 +62,19 @@ def test_hostile_requests(host: str) -> None:
 
 def test_requests_leave_nothing_in_memory(host: str) -> None:
     """No timer, no span, no task of any of them: measured on the cheapest route."""
-    pid = ask(host, "GET", "/pid")[2]
     connection = http.client.HTTPConnection(host)
 
-    def some() -> int:
+    def some() -> tuple[Held, int]:
         for _ in range(REQUESTS):
             connection.request("GET", "/ping")
             connection.getresponse().read()
-        return resident(pid)
+        told = ask(host, "GET", "/worker")[2]
+        return Held.by(told["pid"]), told["tasks"]
 
     with contextlib.closing(connection):
-        before = some()
-        assert some() - before < REQUESTS * KEPT_BYTES
+        (before, tasks), (after, tasks_after) = some(), some()
+    assert (after.mb - before.mb) * 1e6 < REQUESTS * KEPT_BYTES
+    assert (after.files, after.threads, tasks_after) == (before.files, before.threads, tasks)
 
 
 def test_connections_without_a_request_are_few(host: str) -> None:
@@ -160,3 +132,18 @@ def test_sigterm_while_the_model_loads(tmp_path: Path) -> None:
         running.send_signal(signal.SIGTERM)
         running.wait(30)
         assert time.monotonic() - started < 10
+
+
+def test_a_worker_without_its_supervisor_ends(tmp_path: Path) -> None:
+    """It would hold the port and the GPU, and nobody would know of it."""
+    with serving(tmp_path) as (host, running, log):
+        live.wait_for(f"http://{host}/readyz", 200, running, log)
+        left = worker(running.pid)
+        running.kill()
+        running.wait()
+        started = time.monotonic()
+        while Path(f"/proc/{left}/cmdline").exists() and Path(f"/proc/{left}/cmdline").read_bytes():
+            assert time.monotonic() - started < 10
+            time.sleep(0.05)
+        with socket.create_server(("127.0.0.1", int(host.rpartition(":")[2]))):
+            pass

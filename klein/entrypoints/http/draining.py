@@ -9,8 +9,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from types import FrameType
+from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -24,6 +25,8 @@ JOBS = "/jobs/"
 LEAVE_SECONDS = 30.0
 """How long a server may take to end when nothing is under way any more."""
 LOOK_SECONDS = 0.1
+SUPERVISOR_SECONDS = 1.0
+"""Between two looks at whether the process that started this one is still there."""
 
 
 class Door:
@@ -62,40 +65,59 @@ def _asks_for_a_job(scope: Scope) -> bool:
     return scope["path"].startswith(JOBS) and scope["method"] in ("GET", "POST")
 
 
-def drain_on_sigterm(
-    door: Door, jobs: Callable[[], int], loading: Callable[[], bool], *, seconds: float
-) -> None:
-    """From now on SIGTERM closes `door`, and ends the server as it did before once no request and
-    none of the `jobs` is under way, or after `seconds`. A second SIGTERM does not wait. While the
-    model is `loading` nothing is under way, and reading it cannot be stopped: the process ends.
+class Draining:
+    """What SIGTERM does: it closes `door`, and ends the server as it did before once no request and
+    none of the `jobs` is under way, or after `seconds`. A second SIGTERM does not wait.
 
-    Does nothing where there is no such signal to be had: outside a process's main thread.
+    While the model is `loading` nothing is under way, and reading it cannot be stopped: the process
+    ends at once. When the process that started this one is gone, it is as if SIGTERM had come.
     """
-    end = signal.getsignal(signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread() or not callable(end):
-        return
-    loop = asyncio.get_running_loop()
-    draining: set[asyncio.Task[None]] = set()
 
-    async def drain() -> None:
-        until = time.monotonic() + seconds
-        while (door.under_way or jobs()) and time.monotonic() < until:  # noqa: ASYNC110 (jobs end in many places)
+    def __init__(
+        self, door: Door, jobs: Callable[[], int], loading: Callable[[], bool], seconds: float
+    ) -> None:
+        self._door = door
+        self._jobs = jobs
+        self._loading = loading
+        self._seconds = seconds
+        self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them only weakly
+
+    def install(self) -> None:
+        """From now on, in the running loop; does nothing outside a process's main thread, where
+        there are no signals to be had."""
+        before = signal.getsignal(signal.SIGTERM)
+        if threading.current_thread() is not threading.main_thread() or not callable(before):
+            return
+        self._end = before
+        self._loop = asyncio.get_running_loop()
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._start(self._follow_supervisor(os.getppid()))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.add(self._loop.create_task(work))
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        if self._loading():
+            os._exit(0)
+        if self._door.closed:
+            self._leave()
+            return
+        self._door.closed = True
+        self._loop.call_soon_threadsafe(lambda: self._start(self._drain()))
+
+    async def _drain(self) -> None:
+        until = time.monotonic() + self._seconds
+        while (self._door.under_way or self._jobs()) and time.monotonic() < until:  # noqa: ASYNC110
             await asyncio.sleep(LOOK_SECONDS)
-        leave(signal.SIGTERM, None)
+        self._leave()
 
-    def leave(number: int, frame: FrameType | None) -> None:
+    def _leave(self) -> None:
         last = threading.Timer(LEAVE_SECONDS, os._exit, [0])
         last.daemon = True
         last.start()
-        end(number, frame)
+        self._end(signal.SIGTERM, None)
 
-    def on_sigterm(number: int, frame: FrameType | None) -> None:
-        if loading():
-            os._exit(0)
-        if door.closed:
-            leave(number, frame)
-            return
-        door.closed = True
-        loop.call_soon_threadsafe(lambda: draining.add(loop.create_task(drain())))
-
-    signal.signal(signal.SIGTERM, on_sigterm)
+    async def _follow_supervisor(self, pid: int) -> None:
+        while os.getppid() == pid:  # noqa: ASYNC110
+            await asyncio.sleep(SUPERVISOR_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)

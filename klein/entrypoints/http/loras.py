@@ -68,6 +68,8 @@ async def add_lora(request: Request) -> Response:
             return await _answer(partial(library.add, name, chunks), lambda row: row)
     except KleinError as error:
         return error_response(error)
+    except OSError as error:
+        return error_response(_disk(error))
 
 
 @router.delete("/loras/{name:path}", response_model=dict[str, str])
@@ -140,4 +142,8 @@ async def _answer(work: Callable[[], T], shape: Callable[[T], Any]) -> Response:
     except KleinError as error:
         return error_response(error)
     except OSError as error:
-        return error_response(LoraUnavailable(f"the disk is in the way: {error.strerror}"))
+        return error_response(_disk(error))
+
+
+def _disk(error: OSError) -> LoraUnavailable:
+    return LoraUnavailable(f"the server's disk is in the way: {error.strerror}")
