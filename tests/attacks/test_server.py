@@ -60,6 +60,17 @@ def test_hostile_requests(host: str) -> None:
     assert not faults, faults[:5]
 
 
+def test_a_refusal_is_seen_before_the_body_is_sent(host: str) -> None:
+    """A closed connection would be reset under the caller's bytes, and the answer lost."""
+    with socket.create_connection(("127.0.0.1", int(host.rpartition(":")[2]))) as caller:
+        head = b"POST /generate HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+        caller.sendall(head + b"content-type: text/plain\r\ncontent-length: 3000000\r\n\r\n")
+        for _ in range(30):
+            caller.sendall(b"x" * 100_000)
+            time.sleep(0.01)
+        assert caller.recv(100).startswith(b"HTTP/1.1 400")
+
+
 def test_requests_leave_nothing_in_memory(host: str) -> None:
     """No timer, no span, no task of any of them: measured on the cheapest route."""
     connection = http.client.HTTPConnection(host)

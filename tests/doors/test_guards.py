@@ -155,6 +155,22 @@ def test_json_is_checked_before_it_is_parsed(
     assert says in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "path", ["/generate", "/generate_json", "/jobs", "/v1/images/generations", "/loras", "/presets"]
+)
+def test_forms_are_refused_before_they_are_read(path: str) -> None:
+    """Where no form is wanted, and where uploads are off."""
+    app = standalone(fakes.generator(fakes.FakePipeline()))
+    answer = drive(app, path, [b"x" * 1_000] * 50, kind=b"multipart/form-data; boundary=b")
+    assert (answer["status"] in (400, 405), answer["read"]) == (True, 0)
+
+
+def test_json_for_uploads_is_small(tmp_path: Path) -> None:
+    """It names a LoRA; only the file itself may be large."""
+    answer = drive(uploading(tmp_path), "/loras", [b" " * 500_000] * 50, kind=b"application/json")
+    assert (answer["status"], answer["read"]) == (413, 3)
+
+
 def test_headers_are_bounded(unkeyed: TestClient) -> None:
     """Their sum, not only each."""
     headers = {f"x-{n}": "y" * 1000 for n in range(40)}
