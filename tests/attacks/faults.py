@@ -178,12 +178,12 @@ def a_thousand_jobs(home: Path) -> dict[str, Any]:
     settings = {"KLEIN_JOBS_KEEP_SECONDS": "5", "KLEIN_JOBS_KEEP_MB": "1"}
     with ready(home, **settings) as (host, running), ThreadPoolExecutor(4) as pool:
 
+        def job(_: int) -> bool:
+            id = ask(host, "POST", "/jobs", {"input": IMAGE})[2]["id"]
+            return b"event: completed" in ask(host, "GET", f"/jobs/{id}/events")[2]
+
         def some(count: int) -> Held:
-            jobs = pool.map(
-                lambda _: ask(host, "POST", "/jobs", {"input": IMAGE})[2]["id"], range(count)
-            )
-            ends = pool.map(lambda job: ask(host, "GET", f"/jobs/{job}/events")[2], jobs)
-            assert all(b"event: completed" in each for each in ends)
+            assert all(pool.map(job, range(count)))
             time.sleep(6)
             return Held.by(worker(running.pid))
 
