@@ -68,7 +68,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def middlewares(settings: Settings, door: Door) -> list[Middleware]:
     """What every request passes, outermost first; raises BadSetting for keys or origins that
     cannot be meant."""
-    chain: list[Middleware] = [(ReadToTheEnd, {}), (GuardDoor, {"door": door})]
+    chain: list[Middleware] = [(ReadToTheEnd, {})]
     if settings.cors_origins:
         if "*" in settings.cors_origins and len(settings.cors_origins) > 1:
             raise BadSetting(
@@ -77,6 +77,7 @@ def middlewares(settings: Settings, door: Door) -> list[Middleware]:
             )
         allowed = {"allow_origins": sorted(settings.cors_origins)}
         chain.append((CORSMiddleware, {**allowed, "allow_methods": ["*"], "allow_headers": ["*"]}))
+    chain.append((GuardDoor, {"door": door}))
     chain.append((RequireKey, {"keys": read_keys(settings)}))
     chain.append((LimitRequests, {"picture_bytes": int(settings.max_body_mb * MB)}))
     return chain

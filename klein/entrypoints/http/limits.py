@@ -196,11 +196,8 @@ class ReadToTheEnd:
             return message
 
         async def answer(message: Message) -> None:
-            if (
-                not done
-                and message["type"] == "http.response.body"
-                and not message.get("more_body")
-            ):
+            last = message["type"] == "http.response.body" and not message.get("more_body")
+            if last and not done:
                 await send({**message, "more_body": True})
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(LINGER_SECONDS):
