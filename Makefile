@@ -14,7 +14,8 @@ LIGHT := $(filter-out $(HEAVY:%=tests/%/),$(sort $(dir $(wildcard tests/*/test_*
 QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 export BENTOML_DO_NOT_TRACK := 1
 
-.PHONY: help serve test check unit coverage model-tests long-tests test-page gpu-tests lint types fix lock hooks \
+.PHONY: help serve test check unit coverage model-tests long-tests test-page gpu-tests attack lint types \
+	fix lock hooks \
 	bench bundle docs pictures screenshots clean
 
 help:
@@ -26,6 +27,7 @@ help:
 	@echo "make long-tests   what takes minutes: every command of the pages, starts that must fail"
 	@echo "make test-page    the page in a real Chromium (apt-get install chromium)"
 	@echo "make gpu-tests    the tests that need an NVIDIA GPU"
+	@echo "make attack       hostile requests, fifty callers for five minutes, faults (20 minutes)"
 	@echo "make lint         ruff, mypy and the import layers"
 	@echo "make fix          let ruff repair and format what it can"
 	@echo "make lock         write requirements.lock and requirements-dev.lock; UPGRADE=--upgrade renews"
@@ -64,6 +66,12 @@ test-page: $(VENV)/.test
 
 gpu-tests: $(VENV)/.test
 	$(BIN)/python -m pytest tests/gpu $(T)
+
+# what docs/reliability.md promises, in its long form; root can try the faults of a disk too
+attack: $(VENV)/.test
+	EXAMPLES=300 $(BIN)/python -m pytest --timeout 0 -s tests/attacks/test_openapi.py
+	$(QUIET) $(BIN)/python -m tests.attacks.load
+	$(QUIET) $(BIN)/python -m tests.attacks.faults
 
 lint: types
 	$(RUFF) check .

@@ -173,10 +173,15 @@ class JobRegistry:
         job.task.add_done_callback(partial(self._end, job))
         return job
 
+    @property
+    def under_way(self) -> int:
+        """Jobs that are not over."""
+        return sum(not job.over for job in self._jobs.values())
+
     def _require_room(self, spec: JobSpec) -> None:
         if self._stopping:
             raise NotReady("klein is shutting down: try another worker")
-        if sum(not job.over for job in self._jobs.values()) >= MAX_JOBS:
+        if self.under_way >= MAX_JOBS:
             raise QueueFull(f"{MAX_JOBS} jobs are under way already: try again later")
         if spec.webhook is None:
             return

@@ -75,7 +75,15 @@ async def docs(request: Request) -> HTMLResponse:
     return get_swagger_ui_html(openapi_url="openapi.json", title="klein", **SWAGGER)
 
 
-@router.get("/ping")
+@router.get(
+    "/ping",
+    response_model=dict[str, str],
+    responses={
+        204: {"description": "loading"},
+        503: {"description": "broken", "model": dict[str, str]},
+    },
+    openapi_extra={"security": [{}]},  # a key is not needed
+)
 async def ping(request: Request) -> Response:
     """As RunPod's load balancer asks: 204 while loading, 200 when ready, 503 when broken."""
     generator = _generator(request)

@@ -12,8 +12,9 @@ from starlette.responses import JSONResponse, Response
 
 from klein.app.generator import Generated, Generator
 from klein.core import RequestContext
+from klein.engine.engine import REFUSALS, State
 from klein.entrypoints.http.errors import ERRORS, error_response
-from klein.errors import Cancelled, InternalError, InvalidRequest, KleinError, QueueFull
+from klein.errors import Cancelled, InternalError, InvalidRequest, KleinError, NotReady, QueueFull
 from klein.output import response
 from klein.request.formats import FORMATS
 from klein.request.schema import GenerateRequest
@@ -97,7 +98,10 @@ async def _answer(
 async def run_while_connected(
     generator: Generator, asked: GenerateRequest, context: RequestContext, request: Request
 ) -> Generated:
-    """`generator.run`, cancelled when the caller of `request` hangs up; then raises Cancelled."""
+    """`generator.run`, cancelled when the caller of `request` hangs up; then raises Cancelled.
+
+    What the end of the server cancels can succeed elsewhere: NotReady.
+    """
     work = asyncio.create_task(generator.run(asked, context))
 
     async def watch() -> None:
@@ -114,9 +118,14 @@ async def run_while_connected(
         raise
     finally:
         watcher.cancel()
-    if work.cancelled():
-        raise Cancelled("the caller hung up")
-    return work.result()
+    try:
+        if work.cancelled():
+            raise Cancelled("the caller hung up")
+        return work.result()
+    except Cancelled as error:
+        if generator.engine.state is State.STOPPED:
+            raise NotReady(REFUSALS[State.STOPPED]) from error
+        raise
 
 
 def result_headers(generated: Generated) -> dict[str, str]:

@@ -3,15 +3,15 @@
 import asyncio
 import contextlib
 import re
-from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, HttpUrl
 from starlette.responses import JSONResponse, Response
 
-from klein.app.job import WEBHOOK_EVENTS, Job, JobSpec, WebhookEvent
+from klein.app.job import WEBHOOK_EVENTS, Job, JobSpec, Status, WebhookEvent
 from klein.app.jobs import JobRegistry
+from klein.entrypoints.http.errors import ErrorDetail
 from klein.entrypoints.http.events import EventStream, last_event_id
 from klein.errors import InvalidRequest, NotReady
 from klein.request.formats import FORMATS
@@ -34,11 +34,6 @@ Prefer = Annotated[
 ]
 
 
-def _answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What a route answers with beside its success, for the OpenAPI document."""
-    return {status: {"description": HTTPStatus(status).phrase} for status in statuses}
-
-
 class JobRequest(BaseModel):
     """A job to do."""
 
@@ -54,19 +49,49 @@ class JobRequest(BaseModel):
     previews: bool = Field(True, description="whether small images are sent while it is drawn")
 
 
-@router.post("/jobs", status_code=202, responses=_answers(200, 400, 429, 503))
+class JobAnswer(BaseModel):
+    """A job as it is told; times are ISO 8601 in UTC, addresses are paths of this server."""
+
+    id: str
+    status: Status
+    input: dict[str, Any] = Field(description="what was asked, without the bytes of images")
+    output: dict[str, Any] | None = Field(description="the answer of /generate_json")
+    data_removed: bool = Field(description="whether its images gave way to newer ones")
+    error: ErrorDetail | None
+    queue_position: int | None = Field(description="from 1, while it waits")
+    progress: dict[str, Any] | None
+    seconds_left: float | None
+    created_at: str
+    started_at: str | None
+    completed_at: str | None
+    metrics: dict[str, float]
+    webhook: dict[str, Any] | None
+    urls: dict[str, str]
+
+
+class JobPage(BaseModel):
+    """Some of a caller's jobs, and the path of the next ones."""
+
+    results: list[JobAnswer]
+    next: str | None
+
+
+ENDED: dict[int | str, dict[str, Any]] = {200: {"model": JobAnswer, "description": "It has ended."}}
+
+
+@router.post("/jobs", status_code=202, response_model=JobAnswer, responses=ENDED)
 async def create_job(request: Request, body: JobRequest, prefer: Prefer = None) -> Response:
     """Start a job: 202, or 200 if it ended within `Prefer: wait=N` seconds."""
     return await _create(request, body, prefer, None)
 
 
-@router.put("/jobs/{id}", status_code=202, responses=_answers(200, 400, 409, 429, 503))
+@router.put("/jobs/{id}", status_code=202, response_model=JobAnswer, responses=ENDED)
 async def put_job(request: Request, id: JobId, body: JobRequest, prefer: Prefer = None) -> Response:
     """Start a job of your own id. The same body again is the same job, another one 409."""
     return await _create(request, body, prefer, id)
 
 
-@router.get("/jobs", responses=_answers(400, 503))
+@router.get("/jobs", response_model=JobPage)
 async def list_jobs(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 20,
@@ -78,13 +103,13 @@ async def list_jobs(
     return JSONResponse({"results": [job.as_dict() for job in jobs], "next": link})
 
 
-@router.get("/jobs/{id}", responses=_answers(400, 404, 503))
+@router.get("/jobs/{id}", response_model=JobAnswer)
 async def get_job(request: Request, id: JobId) -> Response:
     """A job as it is now."""
     return await _answer(_registry(request).get(_caller(request), id))
 
 
-@router.post("/jobs/{id}/cancel", responses=_answers(400, 404, 409, 503))
+@router.post("/jobs/{id}/cancel", response_model=JobAnswer)
 async def cancel_job(request: Request, id: JobId) -> Response:
     """Stop a job within one step; 409 if it is over."""
     return await _answer(await _registry(request).cancel(_caller(request), id))
@@ -93,7 +118,10 @@ async def cancel_job(request: Request, id: JobId) -> Response:
 @router.get(
     "/jobs/{id}/events",
     response_class=Response,
-    responses={200: {"content": {"text/event-stream": {}}}, **_answers(204, 400, 404, 429, 503)},
+    responses={
+        200: {"content": {"text/event-stream": {}}},
+        204: {"description": "there are no more events"},
+    },
 )
 async def job_events(
     request: Request,
@@ -113,7 +141,7 @@ async def job_events(
 @router.get(
     "/jobs/{id}/images/{n}",
     response_class=Response,
-    responses={200: {"content": IMAGES}, **_answers(400, 404, 503)},
+    responses={200: {"content": IMAGES}},
 )
 async def job_image(
     request: Request, id: JobId, n: Annotated[int, Path(ge=0, le=MAX_IMAGES)]

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from klein.app.generator import Generator
 from klein.entrypoints.http.errors import error_response
-from klein.errors import InvalidRequest, KleinError
+from klein.errors import InvalidRequest, KleinError, LoraUnavailable
 from klein.lora.library import LoraLibrary
 from klein.lora.spec import LoraSpec
 from klein.sources.fetch import MAX_BYTES
@@ -22,13 +22,36 @@ router = APIRouter(tags=["loras"])
 T = TypeVar("T")
 
 
-@router.get("/loras")
+FILE = {"type": "string", "format": "binary"}
+REFERENCE = {
+    "type": "object",
+    "required": ["path"],
+    "properties": {
+        name: {"type": "string"} for name in ("path", "name", "weight_name", "revision")
+    },
+    "additionalProperties": False,
+}
+UPLOAD = {
+    "parameters": [{"in": "query", "name": "name", "schema": {"type": "string"}}],
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/octet-stream": {"schema": FILE},
+            "multipart/form-data": {"schema": {"type": "object", "properties": {"file": FILE}}},
+            "application/json": {"schema": REFERENCE},
+        },
+    },
+}
+"""For OpenAPI."""
+
+
+@router.get("/loras", response_model=dict[str, list[dict[str, Any]]])
 async def list_loras(request: Request) -> Response:
     """Every LoRA at hand, with what is known of it."""
     return await _answer(request, _library(request).entries, lambda rows: {"loras": rows})
 
 
-@router.post("/loras")
+@router.post("/loras", response_model=dict[str, Any], openapi_extra=UPLOAD)
 async def add_lora(request: Request) -> Response:
     """Take a file as the body (`?name=x.safetensors`), as a form's `file`, or fetch the
     `{"path": …}` of a JSON body."""
@@ -46,9 +69,11 @@ async def add_lora(request: Request) -> Response:
             return await _answer(request, partial(library.add, name, chunks))
     except KleinError as error:
         return error_response(error)
+    except OSError as error:
+        return error_response(_disk(error))
 
 
-@router.delete("/loras/{name:path}")
+@router.delete("/loras/{name:path}", response_model=dict[str, str])
 async def remove_lora(request: Request, name: str) -> Response:
     """Delete a LoRA of the folder."""
     try:
@@ -123,3 +148,9 @@ async def _answer(
         return JSONResponse(shape(await generator.lanes.files.run(work, seconds)))
     except KleinError as error:
         return error_response(error)
+    except OSError as error:
+        return error_response(_disk(error))
+
+
+def _disk(error: OSError) -> LoraUnavailable:
+    return LoraUnavailable(f"the server's disk is in the way: {error.strerror}")
