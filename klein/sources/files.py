@@ -49,6 +49,7 @@ class RemoteFiles:
         Raises FetchFailed, OSError as the disk does, and what `watch` raises.
         """
         if found := self.at_hand(ref):
+            self.store.count_hit()
             return found
         match ref:
             case HubFile():

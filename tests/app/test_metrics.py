@@ -5,6 +5,7 @@ import prometheus_client
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from klein.app.account import Account
 from klein.app.generator import Generator
 from klein.app.metrics import METRICS, Metric, Recorder
 from klein.errors import LoraError
@@ -37,8 +38,8 @@ def test_a_request_is_counted(registry: CollectorRegistry, recorder: Recorder) -
         run(generator)
     with pytest.raises(Exception, match="too small"):
         run(generator, width=10)
-    recorder.failed(asyncio.CancelledError())
-    recorder.failed(ZeroDivisionError())
+    recorder.count(Account("1", error=asyncio.CancelledError()))
+    recorder.count(Account("2", error=ZeroDivisionError()))
     generator.stop()
     told = generate_latest(registry).decode()
     for line in (
@@ -47,7 +48,8 @@ def test_a_request_is_counted(registry: CollectorRegistry, recorder: Recorder) -
         'klein_requests_total{outcome="invalid_request"} 1.0',
         'klein_requests_total{outcome="cancelled"} 1.0',
         'klein_requests_total{outcome="internal"} 1.0',
-        'klein_images_total{preset="realistic_character",speed="eager"} 2.0',
+        'klein_images_total{outcome="ok",preset="realistic_character",speed="eager"} 2.0',
+        'klein_images_total{outcome="lora_failed",preset="realistic_character",speed="eager"} 1.0',
         "klein_steps_total 6.0",
         "klein_loras_applied_total 1.0",
         "klein_loras_failed_total 1.0",

@@ -154,7 +154,7 @@ def test_timings_cover_the_job(draw: Draw) -> None:
     """Every stage is there and they add up to the total."""
     timings = asdict(draw(num_images=2).timings)
     total = timings.pop("total")
-    assert set(timings) == {"queue", "lora", "text", "encode", "denoise", "decode"}
+    assert set(timings) == {"fetch", "queue", "lora", "text", "encode", "denoise", "decode"}
     assert all(seconds > 0 for seconds in timings.values())
     assert sum(timings.values()) == pytest.approx(total, abs=0.2)
 

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from klein.app.job import WEBHOOK_EVENTS, Job, JobSpec, WebhookEvent
 from klein.app.jobs import JobRegistry
-from klein.entrypoints.http.events import EventStream, last_event_id
+from klein.entrypoints.http.events import EventStream, last_event_id, lines_after
 from klein.errors import InvalidRequest, NotReady
 from klein.request.formats import FORMATS
 from klein.request.schema import GenerateRequest
@@ -107,7 +107,7 @@ async def job_events(
     if job.over and not job.events.after(after):
         return Response(status_code=204)  # which ends a browser's attempts to come back
     registry.require_stream(owner)
-    return EventStream(job.events, after, registry.stream(owner))
+    return EventStream(lines_after(job.events, after), registry.stream(owner))
 
 
 @router.get(

@@ -86,6 +86,7 @@ class LoraMerger:
         self._changed: set[str] = set()
         self._active: tuple[tuple[str, float], ...] | None = ()
         self._reports: list[LoraReport] = []
+        self.switches = 0
 
     def check(self, file: LoraFile | LoraError) -> LoraFile:
         """`file`, if every layer of it is a layer of this model; else raises LoraError."""
@@ -130,6 +131,7 @@ class LoraMerger:
             self._active = None
             self._reports = self._applied(requests)
             self._active = _key(requests)
+            self.switches += 1
         seconds = round(time.perf_counter() - started, 4)
         named = zip(self._reports, requests, strict=True)
         return [replace(report, path=one.path, seconds=seconds) for report, one in named]

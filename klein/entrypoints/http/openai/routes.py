@@ -5,14 +5,13 @@ import logging
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.sse import EventSourceResponse
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from klein.app.generator import Generator
 from klein.core import ModelInfo, new_id
 from klein.entrypoints.http.errors import OPENAI_ERRORS
-from klein.entrypoints.http.events import HEADERS
+from klein.entrypoints.http.events import EventStream
 from klein.entrypoints.http.generate import result_headers, run_while_connected
 from klein.entrypoints.http.openai.answers import Kind, images_json, model_json, model_names
 from klein.entrypoints.http.openai.form import FILES, FILLED_IN, read_edit
@@ -124,7 +123,7 @@ async def _stream(
 ) -> Response:
     drawing = Drawing(generator, asked, request, id)
     await drawing.first_news()
-    return EventSourceResponse(drawing.lines(kind), headers={**HEADERS, "x-request-id": id})
+    return EventStream(drawing.lines(kind), generator.streaming(), **{"x-request-id": id})
 
 
 def _generator(request: Request) -> Generator:
