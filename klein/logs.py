@@ -59,13 +59,6 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def setup(log_format: str, level: int) -> None:
-    """For a process whose log is klein's own: to stderr, as text or JSON."""
-    logging.basicConfig(level=level, format="%(message)s")
-    if log_format == "json":
-        as_json()
-
-
 def as_json() -> None:
     """Let every handler there is write JSON, and warnings and uncaught exceptions go there too."""
     named = logging.root.manager.loggerDict.values()

@@ -81,6 +81,12 @@ class Settings:
         _choice("serve", "runpod"),
         "what the image starts when it is given no command: `serve` or `runpod`",
     )
+    log_format: str = _setting(
+        "KLEIN_LOG_FORMAT",
+        "text",
+        _choice("text", "json"),
+        "`text`, or `json`: one object a line, with request id, job id and stage",
+    )
     device: str = _setting(
         "KLEIN_DEVICE", "auto", _choice("auto", "cuda", "cpu"), "`auto`, `cuda` or `cpu`"
     )

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from klein import logs
 from klein.app import build
 from klein.app.generator import Generator
 from klein.core import Preview, PreviewRequest, Progress
@@ -168,6 +169,8 @@ async def _post_progress(runpod_job: RunpodJob, update: dict[str, Any]) -> None:
 def start_worker() -> Worker:
     """Load the model of the environment's settings; raises KleinError."""
     settings = Settings.from_env(os.environ)
+    if settings.log_format == "json":
+        logs.as_json()
     generator = build.generator(settings, build.loader(settings, os.environ))
     generator.engine.wait_ready()
     return Worker(generator, _post_progress)
@@ -184,7 +187,7 @@ def main() -> None:
     try:
         worker = start_worker()
     except KleinError as error:
-        print(f"\nklein cannot start: {error}\n", file=sys.stderr)
+        logs.say(f"\nklein cannot start: {error}\n")
         sys.exit(1)
     import runpod
 

@@ -5,6 +5,7 @@ import asyncio
 import base64
 import hashlib
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from klein import logs
 from klein.app import build
 from klein.app.generator import Generated, Generator
 from klein.core import InputInfo, Progress
@@ -60,6 +62,9 @@ def generate(args: argparse.Namespace) -> int:
     """Draw what the flags ask for and write the files."""
     request = _request(args)
     settings = Settings.from_env(os.environ)
+    if settings.log_format == "json":
+        logging.basicConfig()
+        logs.as_json()
     load = build.loader(settings, os.environ)
     print(f"loading {settings.model_id}", file=sys.stderr)
     generator = build.generator(settings, load)

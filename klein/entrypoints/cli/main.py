@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from klein import __version__
+from klein import __version__, logs
 from klein.entrypoints.cli.exit_codes import INTERRUPTED, OK, exit_code
 from klein.errors import KleinError
 
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(args)
     except KleinError as error:
-        print(f"klein: {error}", file=sys.stderr)
+        logs.say(f"klein: {error}")
         return exit_code(error.code)
     except KeyboardInterrupt:
         return INTERRUPTED

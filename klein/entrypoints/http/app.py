@@ -5,7 +5,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Mount, Route
 
 from klein import __version__
 from klein.app.generator import Generator
@@ -19,6 +21,7 @@ from klein.settings import Settings
 
 PLAYGROUND = "To draw and try everything without a line of code: [the page](ui)."
 """Above the routes in `/docs`."""
+ROOMS = (generate, openai, jobs, catalog, loras, playground)
 Middleware = tuple[Any, dict[str, Any]]
 """A class of ASGI middleware, and its options."""
 
@@ -33,12 +36,21 @@ def create_app() -> FastAPI:
         redoc_url=None,
         lifespan=_lifespan,
     )
-    for room in (generate, openai, jobs, catalog, loras, playground):
+    for room in ROOMS:
         app.include_router(room.router)
     errors.install(app)
     app.state.generator = None
     app.state.jobs = None
     return app
+
+
+def route_paths(app: FastAPI, outer: Starlette) -> list[str]:
+    """The paths of all routes of `app`, and of `outer`, the app that it is mounted in."""
+    routers = (outer, app, *(room.router for room in ROOMS))
+    routes = [route for router in routers for route in router.routes]
+    paths = [route.path for route in routes if isinstance(route, Route)]
+    mounts = [route.path for route in routes if isinstance(route, Mount) and route.path]
+    return [*paths, *(f"{path}/{{path:path}}" for path in mounts)]
 
 
 def connect(app: FastAPI, generator: Generator) -> None:
