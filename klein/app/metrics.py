@@ -95,6 +95,7 @@ class Recorder:
         self._counted: dict[str, int] = {}
         self._streams = 0
         self._lock = threading.Lock()
+        self._add_streams(0)
         for outcome in OUTCOMES:
             self._metrics["klein_requests"].labels(outcome)
         for kind in FETCHED:
