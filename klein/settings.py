@@ -8,6 +8,8 @@ from typing import Any, Literal
 from klein.errors import BadSetting, unknown
 
 Offload = Literal["auto", "none", "model", "sequential"]
+PICTURES_MB = 50
+"""Of all pictures of a request together, as files."""
 OFFLOADS: tuple[Offload, ...] = ("auto", "none", "model", "sequential")
 
 
@@ -167,9 +169,10 @@ class Settings:
     )
     max_body_mb: float = _setting(
         "KLEIN_MAX_BODY_MB",
-        48.0,
+        PICTURES_MB * 4 // 3 + 2.0,  # in base64, and the rest of the JSON
         _number(float, 1, 1000),
-        "largest request body in MB on routes that take pictures; 1 MB elsewhere",
+        f"largest request body in MB on routes that take pictures, by default enough for "
+        f"{PICTURES_MB} MB of them in base64; 1 MB elsewhere",
     )
     prompt_loras: bool = _setting(
         "KLEIN_PROMPT_LORAS", False, _switch, "`on` understands `<lora:name:0.8>` in prompts"

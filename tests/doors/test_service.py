@@ -305,6 +305,10 @@ def test_edits_over_bentoml(client: TestClient) -> None:
     answer = client.post("/generate_json", json=edit).json()
     assert answer["images"][0]["unchanged_pixels"] == 300 * 200
     assert answer["parameters"]["extend"] == {"left": 40, "right": 0, "top": 0, "bottom": 0}
+    headers = client.post("/generate", json=edit).headers
+    assert headers["x-klein-unchanged-pixels"] == str(300 * 200)
+    headers = client.post("/generate", json={"prompt": "x"}).headers
+    assert "x-klein-unchanged-pixels" not in headers
     bad = client.post("/generate_json", json={**edit, "images": ["aGk="]})
     assert bad.status_code == 400
     assert bad.json()["error"]["field"] == "images.0"

@@ -26,9 +26,24 @@ Middleware = tuple[Any, dict[str, Any]]
 """A class of ASGI middleware, and its options."""
 
 
+class KleinApp(FastAPI):
+    """Described with klein's errors, without the 422 that FastAPI would answer by itself."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document."""
+        document = super().openapi()
+        for methods in document["paths"].values():
+            for operation in methods.values():
+                if "HTTPValidationError" in str(operation["responses"].get("422")):
+                    del operation["responses"]["422"]
+        for name in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(name, None)
+        return document
+
+
 def create_app() -> FastAPI:
     """The app; it answers for a generator once `connect` has given it one."""
-    app = FastAPI(
+    app = KleinApp(
         title="klein",
         version=__version__,
         description=PLAYGROUND,

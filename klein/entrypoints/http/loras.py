@@ -11,7 +11,7 @@ from typing import IO, Any, TypeVar
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from klein.entrypoints.http.errors import error_response
+from klein.entrypoints.http.errors import described, error_response
 from klein.errors import InvalidRequest, KleinError
 from klein.lora.library import LoraLibrary
 from klein.lora.spec import LoraSpec
@@ -21,13 +21,13 @@ router = APIRouter(tags=["loras"])
 T = TypeVar("T")
 
 
-@router.get("/loras")
+@router.get("/loras", responses=described())
 async def list_loras(request: Request) -> Response:
     """Every LoRA at hand, with what is known of it."""
     return await _answer(_library(request).entries, lambda rows: {"loras": rows})
 
 
-@router.post("/loras")
+@router.post("/loras", responses=described(400, 403, 408, 422, 503))
 async def add_lora(request: Request) -> Response:
     """Take a file as the body (`?name=x.safetensors`), as a form's `file`, or fetch the
     `{"path": …}` of a JSON body."""
@@ -47,7 +47,7 @@ async def add_lora(request: Request) -> Response:
         return error_response(error)
 
 
-@router.delete("/loras/{name:path}")
+@router.delete("/loras/{name:path}", responses=described(400, 403, 422, 503))
 async def remove_lora(request: Request, name: str) -> Response:
     """Delete a LoRA of the folder."""
     try:

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from klein.app.generator import Generator
 from klein.core import ModelInfo, new_id
-from klein.entrypoints.http.errors import OPENAI_ERRORS
+from klein.entrypoints.http.errors import OPENAI_ERRORS, OpenAIErrorBody, described
 from klein.entrypoints.http.events import EventStream
 from klein.entrypoints.http.generate import result_headers, run_while_connected
 from klein.entrypoints.http.openai.answers import Kind, images_json, model_json, model_names
@@ -73,14 +73,14 @@ async def vary_images() -> None:
     raise NotFound("variations are not made here: send the image to /v1/images/edits")
 
 
-@router.get("/models", responses=OPENAI_ERRORS)
+@router.get("/models", responses=described(503, body=OpenAIErrorBody))
 async def list_models(request: Request) -> dict[str, Any]:
     """The loaded model as OpenAI's list."""
     info = _generator(request).engine.pipeline.info
     return {"object": "list", "data": [model_json(info)]}
 
 
-@router.get("/models/{id:path}", responses=OPENAI_ERRORS)
+@router.get("/models/{id:path}", responses=described(404, 503, body=OpenAIErrorBody))
 async def get_model(request: Request, id: str) -> dict[str, Any]:
     """The loaded model, by its id or name."""
     info = _generator(request).engine.pipeline.info
