@@ -61,10 +61,9 @@ def _checked(read: Callable[[], T]) -> T:
         _stop(error)
 
 
+logs.setup(os.environ)
 SETTINGS = _checked(lambda: Settings.from_env(os.environ))
 APP = create_app()
-if SETTINGS.log_format == "json":
-    logs.as_json()
 
 
 class BorderedService(bentoml.Service[T]):  # type: ignore[misc]

@@ -59,8 +59,15 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def as_json() -> None:
-    """Let every handler there is write JSON, and warnings and uncaught exceptions go there too."""
+def setup(environ: Mapping[str, str]) -> None:
+    """With `KLEIN_LOG_FORMAT=json`, let every handler there is write JSON, and warnings and
+    uncaught exceptions go there too.
+
+    Read before the other settings, so that what is wrong with them is told in a line as well.
+    """
+    if environ.get("KLEIN_LOG_FORMAT", "").strip().lower() != "json":
+        return
+    log.setLevel(logging.INFO)
     named = logging.root.manager.loggerDict.values()
     loggers = [logging.root, *(each for each in named if isinstance(each, logging.Logger))]
     for handler in {handler for logger in loggers for handler in logger.handlers}:
@@ -72,10 +79,15 @@ def as_json() -> None:
     )
 
 
-def say(sentence: str) -> None:
-    """Tell an operator why klein stops: on stderr as it is, or where the log is JSON, in a line."""
-    if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.root.handlers):
-        log.critical(sentence.strip())
+def is_json() -> bool:
+    """Whether the log is JSON."""
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.root.handlers)
+
+
+def say(sentence: str, level: int = logging.CRITICAL) -> None:
+    """Tell whoever started klein: on stderr as it is, or where the log is JSON, in a line."""
+    if is_json():
+        log.log(level, sentence.strip())
     else:
         print(sentence, file=sys.stderr, flush=True)
 

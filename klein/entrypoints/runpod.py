@@ -169,8 +169,6 @@ async def _post_progress(runpod_job: RunpodJob, update: dict[str, Any]) -> None:
 def start_worker() -> Worker:
     """Load the model of the environment's settings; raises KleinError."""
     settings = Settings.from_env(os.environ)
-    if settings.log_format == "json":
-        logs.as_json()
     generator = build.generator(settings, build.loader(settings, os.environ))
     generator.engine.wait_ready()
     return Worker(generator, _post_progress)
@@ -184,6 +182,7 @@ def main() -> None:
     """
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")  # its default prints whole results
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logs.setup(os.environ)
     try:
         worker = start_worker()
     except KleinError as error:

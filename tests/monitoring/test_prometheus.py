@@ -42,14 +42,17 @@ def test_rules_are_valid_and_fire() -> None:
 
 @pytest.fixture(scope="module")
 def klein(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """nano as it is served."""
+    """nano as it is served; every line of its log is JSON."""
     home, port = tmp_path_factory.mktemp("home"), live.free_port()
     folder = live.ROOT / "klein/nano/loras"
-    env = live.environment(home, PORT=str(port), KLEIN_LORA_DIR=str(folder))
+    own = {"KLEIN_LORA_DIR": str(folder), "KLEIN_LOG_FORMAT": "json"}
+    env = live.environment(home, PORT=str(port), **own)
     argv = [str(live.BIN / "bentoml"), "serve", "service:Klein", "--port", str(port)]
     with live.process(argv, env, home / "log") as running:
         live.wait_for(f"http://localhost:{port}/readyz", 200, running, home / "log")
         yield f"localhost:{port}"
+    lines = [json.loads(line) for line in (home / "log").read_text().splitlines()]
+    assert {line["level"] for line in lines} == {"info"}
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +61,8 @@ def generate(args: argparse.Namespace) -> int:
     """Draw what the flags ask for and write the files."""
     request = _request(args)
     settings = Settings.from_env(os.environ)
-    if settings.log_format == "json":
-        logging.basicConfig()
-        logs.as_json()
     load = build.loader(settings, os.environ)
-    print(f"loading {settings.model_id}", file=sys.stderr)
+    logs.say(f"loading {settings.model_id}", logging.INFO)
     generator = build.generator(settings, load)
     try:
         generator.engine.wait_ready()
@@ -75,7 +71,7 @@ def generate(args: argparse.Namespace) -> int:
         generator.stop()
     _write(generated, args.output)
     for warning in generated.result.warnings:
-        print(f"note: {warning}", file=sys.stderr)
+        logs.say(f"note: {warning}", logging.WARNING)
     return OK
 
 
@@ -182,9 +178,9 @@ def _compare(like: Path, recorded: dict[str, InputInfo], request: GenerateReques
     for field, info in recorded.items():
         source = pictures[field]
         if inputs.is_address(source):
-            print(f"note: {field} is an address, which was not compared", file=sys.stderr)
+            logs.say(f"note: {field} is an address, which was not compared", logging.WARNING)
         elif hashlib.sha256(inputs.from_text(source, field)).hexdigest() != info.sha256:
-            print(f"note: {field} is not the picture {like.name} was made of", file=sys.stderr)
+            logs.say(f"note: {field} is not the picture {like.name} was made of", logging.WARNING)
 
 
 def _describe(field: str, info: InputInfo) -> str:
@@ -209,8 +205,8 @@ def _run(generator: Generator, request: GenerateRequest) -> Generated:
     params = generator.resolve(request).params
     skipped = schedule.first_step(params.num_inference_steps, params.strength)
     steps = (params.num_inference_steps - skipped) * params.num_images
-    print(f"drawing in {steps} steps", file=sys.stderr)
-    bar = tqdm(total=steps, unit="step", leave=False, disable=None)
+    logs.say(f"drawing in {steps} steps", logging.INFO)
+    bar = tqdm(total=steps, unit="step", leave=False, disable=logs.is_json() or None)
 
     def on_progress(progress: Progress) -> None:
         if progress.stage == "fetch":
