@@ -67,6 +67,7 @@ def setup(environ: Mapping[str, str]) -> None:
     """
     if environ.get("KLEIN_LOG_FORMAT", "").strip().lower() != "json":
         return
+    logging.basicConfig()
     log.setLevel(logging.INFO)
     named = logging.root.manager.loggerDict.values()
     loggers = [logging.root, *(each for each in named if isinstance(each, logging.Logger))]

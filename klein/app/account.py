@@ -14,6 +14,13 @@ OK = "ok"
 OUTCOMES = (OK, *map(str, ErrorCode))
 
 
+def outcome_of(error: BaseException) -> str:
+    """One of OUTCOMES; `cancelled` if whoever waited left."""
+    if isinstance(error, asyncio.CancelledError):
+        return str(ErrorCode.CANCELLED)
+    return str(error.code if isinstance(error, KleinError) else ErrorCode.INTERNAL)
+
+
 @dataclass(slots=True)
 class Account:
     """What is known of a request so far; `speed` is the tier that draws it, once it is resolved."""
@@ -21,18 +28,8 @@ class Account:
     id: str
     params: GenerationParams | None = None
     speed: str = ""
+    outcome: str = OK
     result: GenerationResult | None = None
-    error: BaseException | None = None
-
-    @property
-    def outcome(self) -> str:
-        """One of OUTCOMES; `cancelled` if whoever waited left."""
-        if self.error is None:
-            return OK
-        if isinstance(self.error, asyncio.CancelledError):
-            return str(ErrorCode.CANCELLED)
-        code = self.error.code if isinstance(self.error, KleinError) else ErrorCode.INTERNAL
-        return str(code)
 
     def facts(self) -> dict[str, Any]:
         """What may be told of it: nothing that a caller wrote."""

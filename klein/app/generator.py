@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from klein import logs
-from klein.app.account import Account
+from klein.app.account import Account, outcome_of
 from klein.app.estimate import StepTimes
 from klein.app.metrics import Recorder
 from klein.app.prepare import prepare
@@ -119,7 +119,7 @@ class Generator:
             try:
                 yield account
             except BaseException as error:
-                account.error = error
+                account.outcome = outcome_of(error)
                 raise
             finally:
                 if self.recorder is not None:

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from klein.app.account import Account
+from klein.app.account import Account, outcome_of
 from klein.app.generator import Generator
 from klein.app.jobs import JobRegistry
 from klein.app.metrics import METRICS, Metric, Recorder
@@ -47,8 +47,8 @@ def test_a_request_is_counted(registry: CollectorRegistry, recorder: Recorder) -
         run(generator)
     with pytest.raises(Exception, match="too small"):
         run(generator, width=10)
-    recorder.count(Account("1", error=asyncio.CancelledError()))
-    recorder.count(Account("2", error=ZeroDivisionError()))
+    recorder.count(Account("1", outcome=outcome_of(asyncio.CancelledError())))
+    recorder.count(Account("2", outcome=outcome_of(ZeroDivisionError())))
     generator.stop()
     told = generate_latest(registry).decode()
     for line in (

@@ -58,6 +58,7 @@ def test_everything_is_a_line(tmp_path: Path) -> None:
         ),
         ("klein.runpod", {"MODEL_ID": "./nowhere"}, 1, "klein cannot start: MODEL_ID"),
         ("klein.runpod", {"KLEIN_DEVICE": "x"}, 1, "klein cannot start: KLEIN_DEVICE"),
+        ("bentoml serve service:Klein", {"KLEIN_DEVICE": "x"}, 1, "cannot start: KLEIN_DEVICE"),
     ],
 )
 def test_entrypoints_say_why_they_stop(

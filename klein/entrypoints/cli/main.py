@@ -4,7 +4,6 @@ Each command's module is imported when it is asked for, so that help is quick.
 """
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -20,9 +19,7 @@ Run = Callable[[argparse.Namespace], int]
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = _parser(argv).parse_args(argv)
-    if "KLEIN_LOG_FORMAT" in os.environ:
-        logging.basicConfig()
-        logs.setup(os.environ)
+    logs.setup(os.environ)
     run: Run = args.run
     try:
         return run(args)
