@@ -8,14 +8,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 RUFF := $(BIN)/ruff
 # Tests that need torch (tests/conftest.py has the same names); the other folders run without it.
-HEAVY := model bundle gpu page
+HEAVY := model bundle gpu page monitoring
 LIGHT := $(filter-out $(HEAVY:%=tests/%/),$(sort $(dir $(wildcard tests/*/test_*.py))))
 # Processes that share the cores: one thread each, and none that spins while it waits.
 QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 export BENTOML_DO_NOT_TRACK := 1
 
-.PHONY: help serve test check unit coverage model-tests long-tests test-page gpu-tests attack lint types \
-	fix lock hooks \
+.PHONY: help serve test check unit coverage model-tests long-tests test-page test-metrics gpu-tests attack \
+	lint types fix lock hooks \
 	bench bundle docs pictures screenshots clean
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make model-tests  only the tests on the built-in model and of the bento"
 	@echo "make long-tests   what takes minutes: every command of the pages, starts that must fail"
 	@echo "make test-page    the page in a real Chromium (apt-get install chromium)"
+	@echo "make test-metrics the dashboard and the alert rules in a real Prometheus (apt-get install prometheus)"
 	@echo "make gpu-tests    the tests that need an NVIDIA GPU"
 	@echo "make attack       hostile requests, fifty callers for five minutes, faults (20 minutes)"
 	@echo "make lint         ruff, mypy and the import layers"
@@ -63,6 +64,10 @@ long-tests: $(VENV)/.test
 # needs a Chromium: apt-get install chromium
 test-page: $(VENV)/.test
 	$(QUIET) $(BIN)/python -m pytest -n 2 --dist loadfile tests/page $(T)
+
+# needs prometheus and promtool: apt-get install prometheus
+test-metrics: $(VENV)/.test
+	$(QUIET) $(BIN)/python -m pytest tests/monitoring $(T)
 
 gpu-tests: $(VENV)/.test
 	$(BIN)/python -m pytest tests/gpu $(T)

@@ -12,21 +12,28 @@ from functools import cached_property
 from typing import Any, NoReturn, TypeVar
 
 import bentoml
+from bentoml._internal.container import BentoMLContainer
 from bentoml._internal.server.http.traffic import TimeoutMiddleware
+from bentoml._internal.server.http_app import log_exception
+from bentoml.exceptions import BentoMLException
 from PIL import Image
+from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from uvicorn.config import HTTP_PROTOCOLS
 
+from klein import logs
 from klein.app import build
 from klein.app.generator import Generator
 from klein.app.metrics import Recorder
+from klein.app.tracing import Tracing
 from klein.app.webhooks import Webhooks
 from klein.core import ImagePipeline
 from klein.engine.engine import State
-from klein.entrypoints.http.app import connect, create_app, middlewares
+from klein.entrypoints.http.app import connect, create_app, middlewares, route_paths
+from klein.entrypoints.http.border import Border, RealPaths
 from klein.entrypoints.http.connections import BoundedProtocol
 from klein.entrypoints.http.draining import Door, Draining
 from klein.entrypoints.http.errors import on_http_exception
@@ -50,7 +57,7 @@ Answer = Callable[[Generator, GenerateRequest, Request], Awaitable[Response]]
 
 def _stop(error: KleinError) -> NoReturn:
     """End a start that cannot succeed with its one sentence."""
-    print(f"\nklein cannot start: {error}\n", file=sys.stderr, flush=True)
+    logs.say(f"\nklein cannot start: {error}\n")
     sys.exit(1)
 
 
@@ -62,6 +69,7 @@ def _checked(read: Callable[[], T]) -> T:
         _stop(error)
 
 
+logs.setup(os.environ)
 SETTINGS = _checked(lambda: Settings.from_env(os.environ))
 APP = create_app()
 DOOR = Door()
@@ -71,7 +79,7 @@ HTTP_PROTOCOLS["auto"] = f"{BoundedProtocol.__module__}:{BoundedProtocol.__qualn
 
 
 class BorderedService(bentoml.Service[T]):  # type: ignore[misc]
-    """BentoML's service, without its timeout and with klein's shape of errors.
+    """BentoML's service within klein's border, without its timeout, with klein's shape of errors.
 
     Its timeout never takes its timers back: each keeps about 5 KB for as long as a request may
     take, after every request of any route. klein's own deadlines hold instead.
@@ -88,6 +96,7 @@ class BorderedService(bentoml.Service[T]):  # type: ignore[misc]
         kept = [each for each in app.user_middleware if each.cls is not TimeoutMiddleware]
         app.user_middleware = kept
         app.add_exception_handler(HTTPException, on_http_exception)  # type: ignore[arg-type]
+        app.add_middleware(Border, routes=route_paths(APP, app))
         return app
 
 
@@ -97,6 +106,7 @@ class BorderedService(bentoml.Service[T]):  # type: ignore[misc]
     workers=1,
     resources={"gpu": 1},
     traffic={"timeout": SETTINGS.timeout + 60},
+    logging={"access": {"enabled": False}},  # klein's border logs
     metrics={"duration": {"buckets": [0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0]}},
 )
 @bentoml.asgi_app(APP, name="web")
@@ -134,12 +144,14 @@ class Klein:
 
     def __init__(self) -> None:
         _log_as_bentoml_does()
+        provider = BentoMLContainer.tracer_provider.get()
         self.generator = build.generator(
             SETTINGS,
             self._load_and_greet,
             on_load_failed=_give_up,
             on_unhealthy=self.request_restart,
             recorder=RECORDER,
+            tracing=Tracing(provider.get_tracer("klein")),
         )
         connect(APP, self.generator)
         Draining(
@@ -203,6 +215,19 @@ def _log_as_bentoml_does() -> None:
     theirs, ours = logging.getLogger("bentoml"), logging.getLogger("klein")
     ours.handlers, ours.propagate = theirs.handlers, False
     ours.setLevel(theirs.level)
+    logging.getLogger(log_exception.__module__).addFilter(_without_callers_faults)
+
+
+def _without_callers_faults(record: logging.LogRecord) -> bool:
+    """What is wrong with a request is no error of the server's: one line without a stack, which
+    would show parts of it."""
+    error = record.exc_info[1] if record.exc_info else None
+    refused = isinstance(error, BentoMLException) and error.error_code.value < 500
+    if refused or isinstance(error, ValidationError):
+        record.levelno, record.levelname = logging.INFO, "INFO"
+        record.exc_info = None
+        record.msg = "refused: " + str(record.msg).removeprefix("Exception on ")
+    return True
 
 
 def _port() -> int:
@@ -223,5 +248,6 @@ def _example(url: str) -> str:
     )
 
 
+Klein.add_asgi_middleware(RealPaths)  # type: ignore[attr-defined]
 for _middleware, _options in _checked(lambda: middlewares(SETTINGS, DOOR)):
     Klein.add_asgi_middleware(_middleware, **_options)  # type: ignore[attr-defined]

@@ -8,6 +8,8 @@ from typing import Any, Literal
 from klein.errors import BadSetting, unknown
 
 Offload = Literal["auto", "none", "model", "sequential"]
+PICTURES_MB = 50
+"""Of all pictures of a request together, as files."""
 OFFLOADS: tuple[Offload, ...] = ("auto", "none", "model", "sequential")
 
 
@@ -100,6 +102,12 @@ class Settings:
         _choice("serve", "runpod"),
         "what the image starts when it is given no command: `serve` or `runpod`",
     )
+    log_format: str = _setting(
+        "KLEIN_LOG_FORMAT",
+        "text",
+        _choice("text", "json"),
+        "`text`, or `json`: one object a line, with request id, job id and stage",
+    )
     device: str = _setting(
         "KLEIN_DEVICE", "auto", _choice("auto", "cuda", "cpu"), "`auto`, `cuda` or `cpu`"
     )
@@ -181,9 +189,10 @@ class Settings:
     )
     max_body_mb: float = _setting(
         "KLEIN_MAX_BODY_MB",
-        48.0,
+        PICTURES_MB * 4 // 3 + 2.0,  # in base64, and the rest of the JSON
         _number(float, 1, 1000),
-        "largest request body in MB on routes that take pictures; 1 MB elsewhere",
+        f"largest request body in MB on routes that take pictures, by default enough for "
+        f"{PICTURES_MB} MB of them in base64; 1 MB elsewhere",
     )
     prompt_loras: bool = _setting(
         "KLEIN_PROMPT_LORAS", False, _switch, "`on` understands `<lora:name:0.8>` in prompts"

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from klein import logs
 from klein.app.generator import Generated, Generator
 from klein.app.job import LAST_EVENTS, Job, JobSpec, Output, Status, WebhookEvent, told_input
 from klein.app.webhooks import Webhooks
@@ -135,7 +136,8 @@ class JobRegistry:
         """Counts an open event stream."""
         self._streams[owner] = self._streams.get(owner, 0) + 1
         try:
-            yield
+            with self._generator.streaming():
+                yield
         finally:
             self._streams[owner] -= 1
             if not self._streams[owner]:
@@ -169,7 +171,8 @@ class JobRegistry:
         )
         job.context = self._context(own, job, spec.previews)
         self._jobs[owner, job.id] = job
-        job.task = asyncio.create_task(self._draw(job.id, spec, job.context))
+        with logs.fields(job_id=job.id):
+            job.task = asyncio.create_task(self._draw(job.id, spec, job.context))
         job.task.add_done_callback(partial(self._end, job))
         return job
 

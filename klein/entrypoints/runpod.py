@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
+from klein import logs
 from klein.app import build
 from klein.app.generator import Generator
 from klein.core import Preview, PreviewRequest, Progress
@@ -184,10 +185,11 @@ def main() -> None:
     """
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")  # its default prints whole results
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logs.setup(os.environ)
     try:
         worker = start_worker()
     except KleinError as error:
-        print(f"\nklein cannot start: {error}\n", file=sys.stderr)
+        logs.say(f"\nklein cannot start: {error}\n")
         sys.exit(1)
     import runpod
 

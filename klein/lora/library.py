@@ -17,7 +17,7 @@ from klein.lora.spec import LoraSpec
 from klein.settings import Secret
 from klein.sources import reference
 from klein.sources.address import redacted
-from klein.sources.cache import Store
+from klein.sources.cache import Store, StoreStats
 from klein.sources.civitai import CIVITAI, Civitai
 from klein.sources.fetch import Fetcher
 from klein.sources.files import RemoteFiles, Unwanted
@@ -101,6 +101,10 @@ class LoraLibrary:
         stored = self._remote.store.names() if self._remote else ()
         fetched = [(name, "fetched", partial(Path, path)) for name, path in stored]
         return [_row(*line) for line in (*local, *fetched)]
+
+    def store_stats(self) -> StoreStats | None:
+        """What the store of fetched files did so far, if there is one."""
+        return self._remote.store.stats() if self._remote else None
 
     def names(self) -> list[str]:
         """The local LoRAs a request can name."""

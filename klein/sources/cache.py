@@ -54,6 +54,15 @@ class Known:
     asked: float
 
 
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """Files that were here when they were asked for, those that were fetched, and bytes kept."""
+
+    hits: int
+    fetches: int
+    bytes: int
+
+
 @dataclass(slots=True)
 class _Flight:
     """A download that several may wait for."""
@@ -92,7 +101,18 @@ class Store:
         self._lock = threading.Lock()
         self._flights: dict[str, _Flight] = {}
         self._reserved: dict[Path, int] = {}
+        self._hits = self._fetches = 0
         self._drop_forgotten()
+        self._bytes = self._measure()
+
+    def stats(self) -> StoreStats:
+        """Counts since the start; the bytes as they were after the last fetch."""
+        return StoreStats(self._hits, self._fetches, self._bytes)
+
+    def count_hit(self) -> None:
+        """Note that a file did not need to be fetched."""
+        with self._lock:
+            self._hits += 1
 
     def find(self, ref: str, sha256: str | None = None) -> Known | None:
         """What `ref` leads to, if it is here: the content `sha256`, where that is promised."""
@@ -211,6 +231,9 @@ class Store:
         part.replace(path)
         _touch(path)
         _write_ref(place, ref, sha256, name)
+        with self._lock:
+            self._fetches += 1
+            self._bytes = self._measure()
         return path
 
     # -- room ----------------------------------------------------------------------------------
@@ -248,6 +271,9 @@ class Store:
                 self.drop(path)
                 total -= size
         return total <= self._max_bytes and growth + HEADROOM <= self._free(place)
+
+    def _measure(self) -> int:
+        return sum(size for _, size, _ in self._entries(self._places[0]))
 
     def _entries(self, place: Path) -> list[tuple[float, int, Path]]:
         """Last use, bytes and path of everything that counts."""

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +34,10 @@ _RETRYABLE = frozenset({408, 425, 429})
 
 Reserve = Callable[[int], None]
 """Called with the bytes that a file will have taken, before they are written; may raise."""
+
+
+def ignore_size(_: int) -> None:
+    """Of a fetch that nobody counts."""
 
 
 class Refused(FetchFailed):
@@ -87,11 +91,13 @@ class _Answer:
 @dataclass(frozen=True, slots=True)
 class Fetcher:
     """Fetches over https. `own_hosts` may also be private and answer over plain http; no file is
-    larger than `max_bytes`, and no exchange takes more than `max_seconds`."""
+    larger than `max_bytes`, and no exchange takes more than `max_seconds`. `on_received` is called
+    with the bytes of bodies as they come, in any thread."""
 
     own_hosts: frozenset[str] = frozenset()
     max_bytes: int = MAX_BYTES
     max_seconds: float = MAX_SECONDS
+    on_received: Callable[[int], None] = ignore_size
 
     def json(self, url: str, headers: Mapping[str, str], watch: Watch = UNWATCHED) -> Any:
         """A small JSON document; raises FetchFailed."""
@@ -253,7 +259,7 @@ class Fetcher:
                     ) as response,
                 ):
                     bounds.expect_body()
-                    answer = _answer(address.host, response)
+                    answer = _answer(address.host, response, self.on_received)
                     if method == "GET" and response.status in (301, 302, 303, 307, 308):
                         address, sent = _follow(address, answer, sent)
                         continue
@@ -286,9 +292,15 @@ def _mapped(host: str) -> Iterator[None]:
         raise FetchFailed(f"{host} broke off; try again", retryable=True) from error
 
 
-def _answer(host: str, response: httpcore.Response) -> _Answer:
+def _answer(host: str, response: httpcore.Response, on_received: Callable[[int], None]) -> _Answer:
     headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in response.headers}
-    return _Answer(host, response.status, headers, response.iter_stream())
+    return _Answer(host, response.status, headers, _counted(response.iter_stream(), on_received))
+
+
+def _counted(chunks: Iterable[bytes], on_received: Callable[[int], None]) -> Iterator[bytes]:
+    for chunk in chunks:
+        on_received(len(chunk))
+        yield chunk
 
 
 def _is_late(status: int, sent: Mapping[str, str]) -> bool:

@@ -53,6 +53,7 @@ class RemoteFiles:
         Raises FetchFailed, OSError as the disk does, and what `watch` raises.
         """
         if found := self.at_hand(ref):
+            self.store.count_hit()
             return found
         if isinstance(ref, HubFile):
             return self._of_hub(ref, name, refuse, watch)

@@ -20,7 +20,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> fakes.FakePipeline:
     """The command line on the fake pipeline."""
     fake = fakes.FakePipeline()
     monkeypatch.setattr(build, "loader", lambda *_: lambda: fake)
-    monkeypatch.setattr(build, "library", lambda _: fakes.FakeLibrary())
+    monkeypatch.setattr(build, "library", lambda *_: fakes.FakeLibrary())
     return fake
 
 

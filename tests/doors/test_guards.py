@@ -1,5 +1,6 @@
 """Keys and limits, on the app alone and on the whole service."""
 
+import base64
 import json
 import re
 import time
@@ -19,6 +20,7 @@ from klein.entrypoints.http.auth import OPEN_PATHS
 from klein.entrypoints.http.draining import Door
 from klein.errors import BadSetting
 from klein.lora.library import LoraLibrary
+from klein.request import images
 from klein.settings import Settings
 from tests.support import fakes
 
@@ -133,6 +135,16 @@ def test_other_origins_may_be_let_in() -> None:
         assert refused.headers["access-control-allow-origin"] == "https://app.example"
     with client() as made:
         assert "access-control-allow-origin" not in made.get("/presets", headers=origin).headers
+
+
+def test_a_body_holds_all_pictures_that_a_request_may_have(unkeyed: TestClient) -> None:
+    """In base64, which is a third longer; their own limit refuses more of them, by its name."""
+    share = images.MAX_TOTAL_BYTES // 3
+    texts = [base64.b64encode(bytes(share)).decode()] * 3
+    answer = unkeyed.post("/generate", json={"prompt": "x" * 5000, "images": texts})
+    assert (answer.status_code, answer.json()["error"]["field"]) == (400, "images.0")
+    pictures = sum(map(len, texts))
+    assert limits.JSON_BYTES <= Settings().max_body_mb * limits.MB - pictures < 3 * limits.MB
 
 
 @pytest.mark.parametrize(

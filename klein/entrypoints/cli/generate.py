@@ -5,13 +5,14 @@ import asyncio
 import base64
 import hashlib
 import json
+import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from klein import logs
 from klein.app import build
 from klein.app.generator import Generated, Generator
 from klein.core import InputInfo, Progress
@@ -62,7 +63,7 @@ def generate(args: argparse.Namespace) -> int:
     request = _request(args)
     settings = Settings.from_env(os.environ)
     load = build.loader(settings, os.environ)
-    print(f"loading {settings.model_id}", file=sys.stderr)
+    logs.say(f"loading {settings.model_id}", logging.INFO)
     generator = build.generator(settings, load)
     try:
         generator.engine.wait_ready()
@@ -71,7 +72,7 @@ def generate(args: argparse.Namespace) -> int:
         generator.stop()
     _write(generated, args.output)
     for warning in generated.result.warnings:
-        print(f"note: {warning}", file=sys.stderr)
+        logs.say(f"note: {warning}", logging.WARNING)
     return OK
 
 
@@ -187,9 +188,9 @@ def _compare(like: Path, recorded: dict[str, InputInfo], request: GenerateReques
     for field, info in recorded.items():
         source = pictures[field]
         if inputs.is_address(source):
-            print(f"note: {field} is an address, which was not compared", file=sys.stderr)
+            logs.say(f"note: {field} is an address, which was not compared", logging.WARNING)
         elif hashlib.sha256(inputs.from_text(source, field)).hexdigest() != info.sha256:
-            print(f"note: {field} is not the picture {like.name} was made of", file=sys.stderr)
+            logs.say(f"note: {field} is not the picture {like.name} was made of", logging.WARNING)
 
 
 def _describe(field: str, info: InputInfo) -> str:
@@ -214,8 +215,8 @@ def _run(generator: Generator, request: GenerateRequest) -> Generated:
     params = generator.resolve(request).params
     skipped = schedule.first_step(params.num_inference_steps, params.strength)
     steps = (params.num_inference_steps - skipped) * params.num_images
-    print(f"drawing in {steps} steps", file=sys.stderr)
-    bar = tqdm(total=steps, unit="step", leave=False, disable=None)
+    logs.say(f"drawing in {steps} steps", logging.INFO)
+    bar = tqdm(total=steps, unit="step", leave=False, disable=logs.is_json() or None)
 
     def on_progress(progress: Progress) -> None:
         if progress.stage == "fetch":

@@ -6,7 +6,9 @@ from typing import Any
 
 from fastapi import FastAPI, Security
 from fastapi.security import APIKeyHeader, HTTPBearer
+from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Mount, Route
 
 from klein import __version__
 from klein.app.generator import Generator
@@ -29,13 +31,29 @@ KEYS = [
     Security(APIKeyHeader(name="X-API-Key", auto_error=False, description="the same")),
 ]
 """How OpenAPI tells of keys; `RequireKey` looks at them."""
+ROOMS = (generate, openai, jobs, catalog, loras, playground)
 Middleware = tuple[Any, dict[str, Any]]
 """A class of ASGI middleware, and its options."""
 
 
+class KleinApp(FastAPI):
+    """Described with klein's errors, without the 422 that FastAPI would answer by itself."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document."""
+        document = super().openapi()
+        for methods in document["paths"].values():
+            for operation in methods.values():
+                if "HTTPValidationError" in str(operation["responses"].get("422")):
+                    del operation["responses"]["422"]
+        for name in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(name, None)
+        return document
+
+
 def create_app() -> FastAPI:
     """The app; it answers for a generator once `connect` has given it one."""
-    app = FastAPI(
+    app = KleinApp(
         title="klein",
         version=__version__,
         description=PLAYGROUND,
@@ -43,12 +61,21 @@ def create_app() -> FastAPI:
         redoc_url=None,
         lifespan=_lifespan,
     )
-    for room in (generate, openai, jobs, catalog, loras, playground):
-        app.include_router(room.router, dependencies=KEYS, responses=errors.ERRORS)
+    for room in ROOMS:
+        app.include_router(room.router, dependencies=KEYS)
     errors.install(app)
     app.state.generator = None
     app.state.jobs = None
     return app
+
+
+def route_paths(app: FastAPI, outer: Starlette) -> list[str]:
+    """The paths of all routes of `app`, and of `outer`, the app that it is mounted in."""
+    routers = (outer, app, *(room.router for room in ROOMS))
+    routes = [route for router in routers for route in router.routes]
+    paths = [route.path for route in routes if isinstance(route, Route)]
+    mounts = [route.path for route in routes if isinstance(route, Mount) and route.path]
+    return [*paths, *(f"{path}/{{path:path}}" for path in mounts)]
 
 
 def connect(app: FastAPI, generator: Generator) -> None:

@@ -135,20 +135,24 @@ class OpenAIErrorBody(BaseModel):
     error: OpenAIErrorDetail
 
 
-def _described(body: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+def described(*statuses: int, body: type[BaseModel] = ErrorBody) -> dict[int | str, dict[str, Any]]:
+    """The errors that a route answers with, for OpenAPI: `statuses`, and what every route can."""
     codes: dict[int, list[str]] = {}
     for code in ErrorCode:
         codes.setdefault(http_status(code), []).append(f"`{code}`")
     return {
-        status: {"model": body, "description": ", ".join(names)}
-        for status, names in sorted(codes.items())
+        status: {"model": body, "description": ", ".join(codes[status])}
+        for status in sorted({*ON_EVERY_ROUTE, *statuses})
     }
 
 
-ERRORS = _described(ErrorBody)
-"""Every status of an error, for OpenAPI."""
-OPENAI_ERRORS = _described(OpenAIErrorBody)
-"""The same of OpenAI's routes."""
+ON_EVERY_ROUTE = (401, 413, 503)
+"""Without a key, with headers that are too large, and while klein loads or shuts down."""
+DRAWING = (400, 408, 422, 429, 499, 500, 502, 503, 504)
+ERRORS = described(*DRAWING)
+"""Of the routes that draw."""
+OPENAI_ERRORS = described(404, *DRAWING, body=OpenAIErrorBody)
+"""Of OpenAI's routes that do."""
 
 
 def install(app: FastAPI) -> None:

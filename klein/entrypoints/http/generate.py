@@ -131,6 +131,7 @@ async def run_while_connected(
 def result_headers(generated: Generated) -> dict[str, str]:
     """What is worth knowing of a result without reading its body."""
     result = generated.result
+    unchanged = result.images[0].unchanged_pixels  # which the mask decides, not the seed
     values = {
         "x-klein-request-id": result.id,
         "x-klein-seed": str(result.params.seed),
@@ -139,5 +140,7 @@ def result_headers(generated: Generated) -> dict[str, str]:
         "x-klein-warnings": json.dumps(list(result.warnings)),
         "x-klein-loras": json.dumps([response.lora_json(report) for report in result.loras]),
     }
+    if unchanged is not None:
+        values["x-klein-unchanged-pixels"] = str(unchanged)
     too_long = json.dumps("too long for a header: ask /generate_json")
     return {k: v if len(v) <= HEADER_LIMIT else too_long for k, v in values.items()}

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from klein.app.generator import Generator
-from klein.entrypoints.http.errors import error_response
+from klein.entrypoints.http.errors import described, error_response
 from klein.errors import InvalidRequest, KleinError, LoraUnavailable
 from klein.lora.library import LoraLibrary
 from klein.lora.spec import LoraSpec
@@ -45,13 +45,18 @@ UPLOAD = {
 """For OpenAPI."""
 
 
-@router.get("/loras", response_model=dict[str, list[dict[str, Any]]])
+@router.get("/loras", response_model=dict[str, list[dict[str, Any]]], responses=described())
 async def list_loras(request: Request) -> Response:
     """Every LoRA at hand, with what is known of it."""
     return await _answer(request, _library(request).entries, lambda rows: {"loras": rows})
 
 
-@router.post("/loras", response_model=dict[str, Any], openapi_extra=UPLOAD)
+@router.post(
+    "/loras",
+    response_model=dict[str, Any],
+    openapi_extra=UPLOAD,
+    responses=described(400, 403, 408, 422),
+)
 async def add_lora(request: Request) -> Response:
     """Take a file as the body (`?name=x.safetensors`), as a form's `file`, or fetch the
     `{"path": …}` of a JSON body."""
@@ -73,7 +78,9 @@ async def add_lora(request: Request) -> Response:
         return error_response(_disk(error))
 
 
-@router.delete("/loras/{name:path}", response_model=dict[str, str])
+@router.delete(
+    "/loras/{name:path}", response_model=dict[str, str], responses=described(400, 403, 422)
+)
 async def remove_lora(request: Request, name: str) -> Response:
     """Delete a LoRA of the folder."""
     try:

@@ -128,6 +128,7 @@ class LoraMerger:
         self._reports: list[LoraReport] = []
         self.errors: list[LoraError] = []
         """Why LoRAs of the last `apply` were left out."""
+        self.switches = 0
 
     def check(self, file: LoraFile | LoraError) -> LoraFile:
         """`file`, if every layer of it is a layer of this model; else raises LoraError."""
@@ -181,6 +182,7 @@ class LoraMerger:
         if not self.has(requests):
             self._active = None
             self._reports = self._applied(requests, last_try)
+            self.switches += 1
             if not any(error.retryable for error in self.errors):
                 self._active = _key(requests)
         seconds = round(time.perf_counter() - started, 4)
