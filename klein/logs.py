@@ -88,9 +88,9 @@ def is_json() -> bool:
 def say(sentence: str, level: int = logging.CRITICAL) -> None:
     """Tell whoever started klein: on stderr as it is, or where the log is JSON, in a line."""
     if is_json():
-        log.log(level, sentence.strip())
-    else:
-        print(sentence, file=sys.stderr, flush=True)
+        record = log.makeRecord(log.name, level, __file__, 0, sentence.strip(), (), None)
+        sentence = JsonFormatter().format(record)
+    print(sentence, file=sys.stderr, flush=True)
 
 
 def _log_uncaught(

@@ -79,7 +79,7 @@ async def add_lora(request: Request) -> Response:
 
 
 @router.delete(
-    "/loras/{name:path}", response_model=dict[str, str], responses=described(400, 403, 422)
+    "/loras/{name:path}", response_model=dict[str, str], responses=described(400, 403, 404, 422)
 )
 async def remove_lora(request: Request, name: str) -> Response:
     """Delete a LoRA of the folder."""
