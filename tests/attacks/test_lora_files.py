@@ -15,7 +15,7 @@ import pytest
 
 from klein.errors import InvalidRequest, LoraError, LoraUnavailable
 from klein.lora import file
-from klein.lora.file import LoraFile
+from klein.lora.file import Identity, LoraFile
 from klein.lora.library import LoraLibrary
 from klein.lora.metadata import MAX_TRIGGER, MAX_TRIGGERS
 from klein.lora.spec import LoraSpec
@@ -99,6 +99,18 @@ def test_a_change_while_it_is_read_is_seen(tmp_path: Path) -> None:
 
     with pytest.raises(LoraUnavailable, match="was replaced"):
         found.load(read, lambda tensors: tensors)
+
+
+def test_two_changes_within_a_tick_are_told_apart(tmp_path: Path) -> None:
+    """A file that had not settled when it was inspected is known by its hash alone."""
+    path = _save(tmp_path)
+    fresh = file.inspect(path, "x")
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    same = replace(fresh, identity=Identity.of(path.stat()))
+    assert not same.settled
+    with pytest.raises(LoraUnavailable, match="was replaced"):
+        _loaded(same)
 
 
 def test_a_file_that_settled_is_hashed_once(tmp_path: Path) -> None:
