@@ -89,20 +89,23 @@ class Server:
         self._app = standalone(generator)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answered = False
+
         async def counted() -> Message:
             nonlocal received
             message = await receive()
-            received += len(message.get("body", b""))
+            if not answered:
+                self.received += len(message.get("body", b""))
             return message
 
-        async def answered(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                self.received = received
+        async def answer(message: Message) -> None:
+            nonlocal answered
+            answered = True
             await send(message)
 
         self.requests += scope["type"] == "http"
-        received = 0
-        await self._app(scope, counted, answered)
+        self.received = 0
+        await self._app(scope, counted, answer)
 
     def client(self, **options: Any) -> Any:
         usual = {"base_url": f"{self.url}/v1", "api_key": KEY, "max_retries": 0, "timeout": 10}

@@ -64,9 +64,8 @@ class LimitRequests:
             _check_head(scope, rule, kind)
             bounded = _Bounded(receive, rule.most)
             if kind == JSON and scope["method"] in ("POST", "PUT", "PATCH"):
-                body = await bounded.read()
-                await _check_json(body)
-                await self._app(scope, _Replay(body, receive), send)
+                replay = _Replay(await _read_json(bounded), receive)
+                await self._app(scope, replay, send)
                 return
         except KleinError as error:
             await error_response(error)(scope, receive, send)
@@ -101,8 +100,9 @@ def _check_head(scope: Scope, rule: _Rule, kind: str) -> None:
         raise InvalidRequest("content-type: send application/json", field="content-type")
 
 
-async def _check_json(body: bytes) -> None:
-    """Refuse what is not JSON, or has more structure than any request."""
+async def _read_json(bounded: "_Bounded") -> bytes:
+    """The body; refuses what is not JSON, or has more structure than any request."""
+    body = await bounded.read()
     punctuation = sum(body.count(sign) for sign in (b"{", b"[", b","))
     if punctuation > JSON_PUNCTUATION:
         raise RequestTooLarge(f"the JSON has {punctuation} parts; {JSON_PUNCTUATION} are the most")
@@ -111,6 +111,7 @@ async def _check_json(body: bytes) -> None:
     except (ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, json.JSONDecodeError) else "it cannot be read"
         raise InvalidRequest(f"the body is not JSON: {reason}") from error
+    return body
 
 
 class _Bounded:
