@@ -703,7 +703,7 @@ def test_edits_that_cannot_be_done(client: Any, values: dict[str, Any], param: s
     assert refused(client.images.edit, openai.BadRequestError, **values).param == param
 
 
-@pytest.mark.parametrize(("megabytes", "most"), [([40], MAX_BYTES), ([15, 15, 15, 15], 48_000_000)])
+@pytest.mark.parametrize(("megabytes", "most"), [([40], MAX_BYTES), ([18, 18, 18, 18], 68_000_000)])
 def test_forms_too_large_end_while_they_are_read(
     server: Server, megabytes: list[int], most: int
 ) -> None:

@@ -23,7 +23,9 @@ MAX_WAIT = 60
 """Seconds of `Prefer: wait`, at most."""
 MAX_PAGE = 100
 MAX_IMAGES = 1000
-IMAGES: dict[str, dict[str, Any]] = {row.mime_type: {} for row in FORMATS.values()}
+IMAGES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {row.mime_type: {} for row in FORMATS.values()}}
+}
 ENDED: dict[int | str, dict[str, Any]] = {
     200: {"description": "The job, which ended within `Prefer: wait=N`."}
 }
@@ -115,7 +117,7 @@ async def job_events(
 @router.get(
     "/jobs/{id}/images/{n}",
     response_class=Response,
-    responses={200: {"content": IMAGES}} | described(400, 404, 503),
+    responses=IMAGES | described(400, 404, 503),
 )
 async def job_image(
     request: Request, id: JobId, n: Annotated[int, Path(ge=0, le=MAX_IMAGES)]
