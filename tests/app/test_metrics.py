@@ -130,7 +130,8 @@ recorder = Recorder(
 )
 recorder.count(Account("1"))
 if os.environ["DIES"]:
-    recorder.stream().__enter__()
+    stream = recorder.stream()
+    stream.__enter__()
 os._exit(9)
 """
 

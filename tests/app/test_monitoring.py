@@ -19,10 +19,15 @@ BENTOMLS = {"bentoml_service_request_total"}
 FROM_PROMETHEUS = {"instance", "job", "le", "alertname"}
 
 
+def dashboard() -> dict[str, Any]:
+    """Grafana's JSON."""
+    found: dict[str, Any] = json.loads((FOLDER / "grafana.json").read_text())
+    return found
+
+
 def dashboard_queries(instance: str = ".*") -> Iterator[tuple[str, str]]:
     """The title and each query of every panel, for the instances that match."""
-    dashboard: dict[str, Any] = json.loads((FOLDER / "grafana.json").read_text())
-    for panel in dashboard["panels"]:
+    for panel in dashboard()["panels"]:
         for target in panel["targets"]:
             yield panel["title"], target["expr"].replace("$instance", instance)
 
@@ -37,6 +42,7 @@ def test_they_name_metrics_and_labels_that_exist() -> None:
     """With the suffix that Prometheus gives each kind, and outcomes that klein tells."""
     queries = [*dashboard_queries(), *rules()]
     assert len(queries) > 30
+    queries.append(("its variables", json.dumps(dashboard()["templating"])))
     for name, query in queries:
         series = set(re.findall(r"\b(?:klein|bentoml)_\w+", query)) - BENTOMLS
         assert series <= SERIES.keys(), (name, series - SERIES.keys())

@@ -92,7 +92,6 @@ class Server:
         answered = False
 
         async def counted() -> Message:
-            nonlocal received
             message = await receive()
             if not answered:
                 self.received += len(message.get("body", b""))

@@ -54,11 +54,8 @@ def test_every_error_has_kleins_shape() -> None:
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
-    settings: dict[str, Any] = {
-        "KLEIN_API_KEYS": f"a:{KEY['x-api-key']}:uploads",
-        "KLEIN_LORA_UPLOADS": "on",
-    }
-    generator = fakes.generator(fakes.FakePipeline(), **settings)
+    key = f"a:{KEY['x-api-key']}:uploads"
+    generator = fakes.generator(fakes.FakePipeline(), KLEIN_API_KEYS=key, KLEIN_LORA_UPLOADS="on")
     with TestClient(standalone(generator)) as client:
         yield client
     generator.stop()

@@ -26,12 +26,18 @@ raise ValueError("two\\nlines")
 
 
 def lines(home: Path, *argv: str, **environ: str) -> tuple[list[dict[str, Any]], int]:
-    """What python says to stderr, every line of it JSON, and how it ends."""
+    """What python says, every line of it JSON, and how it ends."""
     env = live.environment(home, KLEIN_LOG_FORMAT="json", **environ)
     done = subprocess.run(
-        [sys.executable, *argv], env=env, cwd=live.ROOT, capture_output=True, text=True, check=False
+        [sys.executable, *argv],
+        env=env,
+        cwd=live.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
-    return [json.loads(line) for line in done.stderr.splitlines()], done.returncode
+    return [json.loads(line) for line in done.stdout.splitlines()], done.returncode
 
 
 def test_everything_is_a_line(tmp_path: Path) -> None:
