@@ -117,6 +117,7 @@ def test_the_pages_lines_run_as_printed(
 ) -> None:
     """Every curl and command line in a `bash` block, but for `make` itself and the port."""
     (tmp_path / "test_input.json").write_text(json.dumps(JOB))
+    (tmp_path / "docs").symlink_to(live.ROOT / "docs")
     script = "\n".join(docs.runnable("bash", pages)).replace("http://localhost:3000", url)
     script = script.replace("localhost:3000", url.removeprefix("http://"))
     lines = re.sub(r"^make .*$", "", script, flags=re.MULTILINE).replace(".venv/bin/", "")

@@ -36,7 +36,14 @@ ROOT = Path(__file__).parents[2]
 
 RUN_AS_PRINTED = tuple(
     ROOT / name
-    for name in ("README.md", "docs/requests.md", "docs/loras.md", "docs/speed.md", "docs/http.md")
+    for name in (
+        "README.md",
+        "docs/requests.md",
+        "docs/loras.md",
+        "docs/editing.md",
+        "docs/speed.md",
+        "docs/http.md",
+    )
 )
 """Pages whose `bash` and `python` blocks run as printed against nano on port 3000. What needs a
 GPU, a token or a network is in `console` blocks, each command after a `$`."""
