@@ -50,6 +50,11 @@ def read(
     return weights
 
 
+def is_block_linear(name: str) -> bool:
+    """Whether a float8 tier acts through float8 of the weight of that name."""
+    return "transformer_blocks." in name and ".norm_" not in name
+
+
 def _settle(
     stored: Stored,
     weights: dict[str, Tensor],
@@ -66,7 +71,7 @@ def _settle(
     start = 0
     for name, rows in stored.parameters:
         share = by_row[start : start + rows]
-        if keep_float8 and "transformer_blocks." in name:
+        if keep_float8 and is_block_linear(name):
             weights[f"{name.removesuffix('weight')}{SCALE}"] = share[None].contiguous()
         else:
             weights[name] = (weights[name].float() * share[:, None]).to(dtype)
