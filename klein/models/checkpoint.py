@@ -139,6 +139,17 @@ def inspect(files: Sequence[Path], name: str) -> Checkpoint:
     return replace(recognise(entries, name, formats), files=tuple(files))
 
 
+def at(place: str) -> Checkpoint:
+    """The transformer in a file, or in a folder of diffusers or its `transformer`; raises
+    ModelUnavailable."""
+    path = Path(place).expanduser()
+    if not path.is_dir():
+        return inspect([path], path.name)
+    inside = path / "transformer"
+    files = sorted((inside if inside.is_dir() else path).glob("*.safetensors"))
+    return inspect(files, path.name)
+
+
 def of_folder(folder: Path) -> Checkpoint | None:
     """The quantised transformer in a folder of diffusers; None for one that is not quantised.
 

@@ -48,7 +48,9 @@ def _parser(argv: list[str] | None) -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="print the parameters inside an image")
     show.add_argument("file", type=Path)
     show.set_defaults(run=_show)
-    _add_lora_commands(commands.add_parser("lora", help="list, inspect, add, remove, convert"))
+    _add_lora_commands(
+        commands.add_parser("lora", help="list, inspect, add, remove, convert, extract")
+    )
     _add_weights_commands(commands.add_parser("weights", help="list, fetch, pack"))
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
     doctor.set_defaults(run=_doctor)
@@ -75,6 +77,12 @@ def _add_lora_commands(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("file", type=Path)
     convert.add_argument("output", type=Path)
     convert.set_defaults(run=_command("lora", "convert"))
+    extract = commands.add_parser("extract", help="write the difference of two models as a LoRA")
+    extract.add_argument("model", help="a transformer's .safetensors file, or a model's folder")
+    extract.add_argument("base", help="the same, of the model that the LoRA is for")
+    extract.add_argument("--rank", type=int, default=128, help="128 unless given, at most 512")
+    extract.add_argument("-o", "--output", type=Path, required=True)
+    extract.set_defaults(run=_command("lora", "extract"))
 
 
 def _add_weights_commands(parser: argparse.ArgumentParser) -> None:

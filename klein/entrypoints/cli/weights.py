@@ -44,12 +44,11 @@ def pack(args: argparse.Namespace) -> int:
     parts = packing.pack(model, args.folder, float8=args.numbers == "float8")
     for part in parts:
         print(f"{part.part:<14} {part.size / GB:6.2f} GB")
+    total = sum(part.size for part in parts) / GB
+    print(f"{args.folder}: {total:.2f} GB, for MODEL_ID")
     print(
-        f"{args.folder}: {sum(part.size for part in parts) / GB:.2f} GB; start with MODEL_ID of it"
-    )
-    print(
-        f"Its weights stay under their license ({model.spec.license}): keep the folder, or an image "
-        "that holds it, where others cannot take it, unless that license lets you pass it on.",
+        f"Its weights stay under their license ({model.spec.license}): keep the folder, and an "
+        "image that holds it, where others cannot take it, unless that license lets you.",
         file=sys.stderr,
     )
     return OK
