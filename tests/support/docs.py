@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cards import CARDS
 from docs.plots import table as speed_table
 from klein import errors
 from klein.app.metrics import METRICS
@@ -147,8 +148,6 @@ def _named(title: str, rows: Iterable[tuple[str, str]]) -> str:
     return _table((f"`{title}`", "what it is"), ((f"`{name}`", doc) for name, doc in rows))
 
 
-CARDS = {80: 84.0, 48: 50.0, 32: 33.6, 24: 25.0, 16: 16.6, 12: 12.3}
-"""GB in a card's name → GB (1e9) that are free on it."""
 PLACED = {"none": "resident", "model": "takes turns", "sequential": "layer by layer"}
 
 
