@@ -144,6 +144,12 @@ def fetch_model(model: Located, settings: Settings, revision: str | None) -> Loc
     file, found = model.checkpoint, model.found
     if file and not file.files:
         file = transformer_file.fetch(settings, file)
+        if (spec := file.spec(model.spec)[0]) != model.spec:
+            raise ModelUnavailable(
+                f"KLEIN_TRANSFORMER: {file.name} is {spec.name} by its sha256, which is known now "
+                f"that it is here, and not {model.spec.name}: start klein again",
+                field="KLEIN_TRANSFORMER",
+            )
     if found is None:
         token = settings.hf_token.value if settings.hf_token else None
         parts = locate.BESIDE_TRANSFORMER if file else locate.WEIGHTED

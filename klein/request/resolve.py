@@ -115,14 +115,12 @@ def _with_base(
     loras: tuple[LoraSpec, ...], base: tuple[LoraSpec, ...], warnings: list[str]
 ) -> tuple[LoraSpec, ...]:
     """The LoRAs that are always on, then a request's others."""
-    fixed = {lora.path for lora in base}
+    fixed = {redacted(lora.path): lora.scale for lora in base}
     for lora in loras:
-        if lora.path in fixed and lora not in base:
-            warnings.append(
-                f"{redacted(lora.path)} is always on here, and what a request says of it has no "
-                "effect"
-            )
-    return (*base, *(lora for lora in loras if lora.path not in fixed))
+        name = redacted(lora.path)
+        if lora.scale != fixed.get(name, lora.scale):
+            warnings.append(f"{name} is always on here at scale {fixed[name]:g}, whatever is asked")
+    return (*base, *(lora for lora in loras if redacted(lora.path) not in fixed))
 
 
 def _is_turbo(lora: LoraSpec) -> bool:

@@ -88,11 +88,10 @@ def _schedule(value: Any) -> Schedule:
 def _levels(values: Sequence[Any]) -> tuple[float, ...]:
     """Noise levels, without the 0 that may end them."""
     numeric = all(isinstance(x, int | float) and not isinstance(x, bool) for x in values)
-    levels = tuple(map(float, values)) if numeric else ()
-    levels = levels[:-1] if levels[-1:] == (0.0,) else levels
-    if why := "noise levels are numbers" if not numeric else schedules.fault(levels):
+    levels = values[:-1] if numeric and values and values[-1] == 0 else values
+    if why := schedules.fault(levels) if numeric else "noise levels are numbers":
         raise PydanticCustomError("schedule", "{why}", {"why": why})
-    return levels
+    return tuple(map(float, levels))
 
 
 def _none_if_blank(value: Any) -> Any:

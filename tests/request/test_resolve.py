@@ -181,7 +181,7 @@ def test_base_loras_are_always_on() -> None:
     assert (again.params.loras, again.warnings) == (both, ())
     off = resolved({"path": "turbo.safetensors", "scale": 0}, anna)
     assert off.params.loras == both
-    assert "turbo.safetensors is always on here" in off.warnings[0]
+    assert "turbo.safetensors is always on here at scale 1" in off.warnings[0]
 
 
 @pytest.mark.parametrize(

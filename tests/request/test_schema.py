@@ -22,6 +22,8 @@ from klein.request.schema import GenerateRequest, parse
         ({"schedule": [0.5, 0.5]}, "schedule", "must fall"),
         ({"schedule": [1.5, 0.5]}, "schedule", "above 0 and at most 1"),
         ({"schedule": [0]}, "schedule", "0 noise levels are given, 1 to 100"),
+        ({"schedule": [10**400, 0.5]}, "schedule", "above 0 and at most 1"),
+        ({"schedule": [float("nan")]}, "schedule", "above 0 and at most 1"),
         ({"schedule": "1,x"}, "schedule", "known are bfl"),
         ({"output_format": "gif"}, "output_format", "known are png, jpeg, webp"),
         ({"num_inference_steps": 0}, "num_inference_steps", "greater than or equal to 1"),
