@@ -165,13 +165,14 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """What happened. `mu` and `sigmas` are those of the run, `forwards` the transformer's."""
+    """What happened. `mu` and `sigmas` are those of the run, `forwards` the transformer's; `mu` is
+    None where the request gave its noise levels."""
 
     id: str
     params: GenerationParams
     images: tuple[GeneratedImage, ...]
     loras: tuple[LoraReport, ...]
-    mu: float
+    mu: float | None
     sigmas: tuple[float, ...]
     forwards: int
     timings: Timings

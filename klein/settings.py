@@ -50,6 +50,21 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(name.strip() for name in text.split(",") if name.strip())
 
 
+def _loras(text: str) -> tuple[tuple[str, float], ...]:
+    """`PATH` or `PATH:SCALE`, separated by commas."""
+    found = []
+    for named in (part.strip() for part in text.split(",") if part.strip()):
+        path, colon, scale = named.rpartition(":")
+        try:
+            own = float(scale) if colon and path != "civitai" else None
+        except ValueError:
+            own = None
+        if own is not None and not -4 <= own <= 4:
+            raise ValueError("must have scales between -4 and 4")
+        found.append((named, 1.0) if own is None else (path, own))
+    return tuple(found)
+
+
 def _folder(text: str) -> Path:
     path = Path(text).expanduser()
     if not path.is_dir():
@@ -147,6 +162,13 @@ class Settings:
     )
     lora_dir: Path | None = _setting(
         "KLEIN_LORA_DIR", None, _folder, "the only folder local LoRAs are read from"
+    )
+    base_loras: tuple[tuple[str, float], ...] = _setting(
+        "KLEIN_BASE_LORAS",
+        (),
+        _loras,
+        "LoRAs that are always on, merged before a request's: `PATH` or `PATH:SCALE`, separated by "
+        "commas",
     )
     lora_cache: Path = _setting(
         "KLEIN_LORA_CACHE",

@@ -1,14 +1,16 @@
 """From settings to a generator: check, plan, and hand the engine a way to load."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from klein.app.generator import Generator
 from klein.app.metrics import Recorder
 from klein.core import ImagePipeline
 from klein.engine.engine import Engine
-from klein.errors import KleinError
+from klein.errors import KleinError, LoraError, ModelUnavailable
 from klein.lora.library import LoraLibrary, Tokens
+from klein.lora.spec import LoraSpec
 from klein.models.catalog import GB
 from klein.models.machine import Machine
 from klein.models.plan import fetched, lora_folder, plan
@@ -70,7 +72,7 @@ def generator(
     bucket = Bucket.from_settings(settings)
     loras = library(settings, recorder)
     engine = Engine(
-        load,
+        partial(_with_base_loras, load, loras, settings),
         queue_size=settings.queue_size,
         on_ready=lambda: recorder.update(engine, loras) if recorder else None,
         on_load_failed=on_load_failed,
@@ -79,3 +81,22 @@ def generator(
     made = Generator(engine, loras, settings, bucket, recorder, tracing)
     engine.start()
     return made
+
+
+def _with_base_loras(load: Load, loras: LoraLibrary, settings: Settings) -> ImagePipeline:
+    """What `load` gives; raises ModelUnavailable unless every LoRA that is to be always on is here
+    and fits."""
+    try:
+        found = [loras.find(LoraSpec(*named)) for named in settings.base_loras]
+    except LoraError as error:
+        raise _base_lora_fails(str(error)) from error
+    pipeline = load()
+    spec = pipeline.info.spec
+    for file in found:
+        if file.hidden not in (None, spec.hidden):
+            raise _base_lora_fails(f"LoRA {file.name!r} is for {file.base}, not for {spec.name}")
+    return pipeline
+
+
+def _base_lora_fails(why: str) -> ModelUnavailable:
+    return ModelUnavailable(f"KLEIN_BASE_LORAS: {why}", field="KLEIN_BASE_LORAS")

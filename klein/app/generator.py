@@ -31,6 +31,7 @@ from klein.core import (
 from klein.engine.engine import Engine
 from klein.errors import QueueFull
 from klein.lora.library import LoraLibrary
+from klein.lora.spec import LoraSpec
 from klein.output.delivery import Bucket
 from klein.output.response import require_bucket
 from klein.request.resolve import Resolved, resolve
@@ -100,6 +101,7 @@ class Generator:
             self.engine.pipeline.info.spec,
             lambda: secrets.randbelow(2**32),
             prompt_loras=self.settings.prompt_loras,
+            base_loras=tuple(LoraSpec(*named) for named in self.settings.base_loras),
         )
 
     async def run(self, request: GenerateRequest, context: RequestContext) -> Generated:

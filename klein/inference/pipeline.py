@@ -41,7 +41,7 @@ from klein.inference.references import ImageEncoder
 from klein.inference.text import PromptEncoder
 from klein.models import sizes
 from klein.models.plan import Plan
-from klein.models.samplers import DEFAULT_SAMPLER, SAMPLERS
+from klein.models.samplers import DEFAULT_SAMPLER, SAMPLERS, Sampler
 from klein.models.schedule import first_step, mu_of
 from klein.models.speed import STEP_SKIPPING
 from klein.settings import Settings
@@ -172,12 +172,8 @@ class KleinPipeline:
                 self._merger.forget()
             reports = self._put_loras(job, low_memory, warnings)
             clock.enter("encode", references=len(job.inputs.references))
-            mu = mu_of(
-                params.schedule,
-                sizes.tokens(params.width, params.height),
-                params.num_inference_steps,
-            )
-            run = self._run(params, mu, low_memory, warnings)
+            mu, levels = _levels(params)
+            run = self._run(params, levels, low_memory, warnings)
             self.parts.vae.use_tiling = low_memory
             references = self._encoder.references(job.inputs.references)
             self._choose_tiling(job, low_memory, warnings)
@@ -253,17 +249,18 @@ class KleinPipeline:
     # -- sampling ------------------------------------------------------------------------------
 
     def _run(
-        self, params: GenerationParams, mu: float, low_memory: bool, warnings: list[str]
+        self,
+        params: GenerationParams,
+        levels: tuple[float, ...],
+        low_memory: bool,
+        warnings: list[str],
     ) -> Run:
         faster, sampler = self._plan.acceleration, SAMPLERS[params.sampler]
         start = first_step(params.num_inference_steps, params.strength)
-        levels = noise_levels(params.schedule, mu, params.num_inference_steps)[start:]
+        levels = levels[start:]
         skipping = STEP_SKIPPING if faster.has("step_skipping") else None
-        if skipping and len(levels) - 1 < sampler.skips_from:
-            warnings.append(
-                f"no step was skipped: {len(levels) - 1} steps of {sampler.name} are too few, "
-                f"steps are skipped from {sampler.skips_from} on"
-            )
+        if skipping and (why := _skips_none(sampler, len(levels) - 1)):
+            warnings.append(f"no step was skipped: {why}")
             skipping = None
         return Run(
             levels,
@@ -278,7 +275,8 @@ class KleinPipeline:
         clock.enter("denoise", image=number + 1, steps=run.steps)
         seed = (job.params.seed + number) % SEEDS
         size = job.params.width, job.params.height
-        image = latents.noise(*size, seed, text.prompt.dtype, text.prompt.device)
+        noises = latents.noises(*size, seed, text.prompt.dtype, text.prompt.device)
+        image = next(noises)
         image, keep = self._started(job.inputs, run, image)
         previews = self._previews(job, run, number + 1)
 
@@ -287,7 +285,16 @@ class KleinPipeline:
                 previews(step)
             job.context.report(Progress(step.number, run.steps, number + 1, job.params.num_images))
 
-        clean = denoise(self.parts.denoiser, run, text, image, on_step, drawing.references, keep)
+        clean = denoise(
+            self.parts.denoiser,
+            run,
+            text,
+            image,
+            on_step,
+            drawing.references,
+            keep,
+            lambda: next(noises).latents,
+        )
         if previews:
             previews.flush()
         clock.enter("decode", image=number + 1)
@@ -342,6 +349,28 @@ class _Drawing:
     run: Run
     text: Embeddings
     references: Tokens | None
+
+
+def _levels(params: GenerationParams) -> tuple[float | None, tuple[float, ...]]:
+    """mu, None where the noise levels are given, and the levels with the 0 after them."""
+    if isinstance(params.schedule, tuple):
+        return None, (*params.schedule, 0.0)
+    mu = mu_of(
+        params.schedule, sizes.tokens(params.width, params.height), params.num_inference_steps
+    )
+    return mu, noise_levels(params.schedule, mu, params.num_inference_steps)
+
+
+def _skips_none(sampler: Sampler, steps: int) -> str | None:
+    """Why a run skips no step, in words that follow a colon; None where it does."""
+    if sampler.skips_from is None:
+        return f"{sampler.name} draws new noise in each"
+    if steps >= sampler.skips_from:
+        return None
+    return (
+        f"{steps} steps of {sampler.name} are too few, steps are skipped from "
+        f"{sampler.skips_from} on"
+    )
 
 
 def _info(parts: Parts, plan: Plan, settings: Settings, attention: str) -> ModelInfo:

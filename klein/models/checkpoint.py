@@ -139,6 +139,17 @@ def inspect(files: Sequence[Path], name: str) -> Checkpoint:
     return replace(recognise(entries, name, formats), files=tuple(files))
 
 
+def at(place: str) -> Checkpoint:
+    """The transformer in a file, or in a folder of diffusers or its `transformer`; raises
+    ModelUnavailable."""
+    path = Path(place).expanduser()
+    if not path.is_dir():
+        return inspect([path], path.name)
+    inside = path / "transformer"
+    files = sorted((inside if inside.is_dir() else path).glob("*.safetensors"))
+    return inspect(files, path.name)
+
+
 def of_folder(folder: Path) -> Checkpoint | None:
     """The quantised transformer in a folder of diffusers; None for one that is not quantised.
 
@@ -261,6 +272,8 @@ def _require_known_numbers(
         if other:
             raise _refused(name, f"is in {other}, which klein does not read: {USE_INSTEAD}")
     for layer, told in formats.items():
+        if layer.startswith(tuple(BUNDLED)):
+            continue
         if not isinstance(told, dict) or told.get("format") != "float8_e4m3fn":
             kind = str(told.get("format") if isinstance(told, dict) else told)[:40]
             raise _refused(name, f"is in {kind!r} at {layer[:80]!r}: {USE_INSTEAD}")

@@ -11,6 +11,7 @@ from klein.models import catalog, checkpoint, locate, speed, transformer_file
 from klein.models.catalog import GB, ModelSpec
 from klein.models.checkpoint import Checkpoint
 from klein.models.identify import LOCAL, NANO_FOLDER, ReadConfig, folder_reader, identify, local
+from klein.models.locate import Found
 from klein.models.machine import Device, Kind, Machine
 from klein.models.speed import Acceleration
 from klein.settings import Offload, Settings
@@ -74,23 +75,10 @@ class Plan:
 
 def plan(settings: Settings, machine: Machine) -> Plan:
     """The plan for these settings on this machine; raises ModelUnavailable with the way out."""
-    known = catalog.known(settings.model_id)
-    repo = (known.repo if known else None) or settings.model_id
-    file = transformer_file.find(settings)
-    parts = locate.WEIGHTED if file is None else locate.BESIDE_TRANSFORMER
-    found = local(settings.model_id) or locate.find(
-        repo, settings.model_revision, locate.places(), parts
-    )
-    read = folder_reader(found.folder) if found else _hub_reader(repo, settings)
-    spec = known or identify(read)
-    notes: tuple[str, ...] = ()
-    if file:
-        spec, known_by = file.spec(spec)
-        notes = (f"transformer: {file.name}, {file.numbers}, {known_by}", *file.notes)
-    elif found:
-        file = checkpoint.of_folder(found.folder / "transformer")
+    model = locate_model(settings)
+    spec, notes, found = model.spec, model.notes, model.found
     device = machine.device(_kind(settings, machine, spec))
-    float8 = _is_float8(file)
+    float8 = _is_float8(model.checkpoint)
     offload, why = place(settings, machine, spec, device.kind, float8=float8)
     situation = speed.situation(offload, distilled=spec.distilled, float8=float8)
     faster = speed.choose(settings.speed, device.kind, device.capability, situation, float8=float8)
@@ -99,10 +87,8 @@ def plan(settings: Settings, machine: Machine) -> Plan:
             f"its float8 weights are turned into full ones once, while they are read: the "
             f"{faster.tier.name} tier needs those",
         )
-    if known:
-        read("model_index.json")
     return Plan(
-        str(found.folder) if found else repo,
+        str(found.folder) if found else model.repo,
         found.revision if found else settings.model_revision,
         spec,
         device,
@@ -113,26 +99,78 @@ def plan(settings: Settings, machine: Machine) -> Plan:
         local=found is not None and found.place == LOCAL,
         download=found is None,
         originals_fit=device.kind == "cpu" or float8 or _both_fit(spec, machine),
-        checkpoint=file,
+        checkpoint=model.checkpoint,
         notes=notes,
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Which model MODEL_ID and KLEIN_TRANSFORMER are. `found` is None where `repo` is to be
+    downloaded; the rest as in Plan."""
+
+    repo: str
+    found: Found | None
+    spec: ModelSpec
+    checkpoint: Checkpoint | None
+    notes: tuple[str, ...] = ()
+
+
+def locate_model(settings: Settings) -> Located:
+    """What the settings name; nothing but headers and configurations is fetched. Raises
+    ModelUnavailable."""
+    known = catalog.known(settings.model_id)
+    repo = (known.repo if known else None) or settings.model_id
+    file = transformer_file.find(settings)
+    parts = locate.BESIDE_TRANSFORMER if file else locate.WEIGHTED
+    found = local(settings.model_id) or locate.find(
+        repo, settings.model_revision, locate.places(), parts
+    )
+    read = folder_reader(found.folder) if found else _hub_reader(repo, settings)
+    spec = known or identify(read)
+    if known:
+        read("model_index.json")
+    notes: tuple[str, ...] = ()
+    if file:
+        spec, known_by = file.spec(spec)
+        notes = (f"transformer: {file.name}, {file.numbers}, {known_by}", *file.notes)
+    elif found and (file := checkpoint.of_folder(found.folder / "transformer")):
+        notes = (f"transformer: {file.numbers}",)
+    return Located(repo, found, spec, file, notes)
+
+
+def fetch_model(model: Located, settings: Settings, revision: str | None) -> Located:
+    """`model` with everything on disk: fetched, if it was not. Raises ModelUnavailable."""
+    file, found = model.checkpoint, model.found
+    if file and not file.files:
+        file = transformer_file.fetch(settings, file)
+        if (spec := file.spec(model.spec)[0]) != model.spec:
+            raise ModelUnavailable(
+                f"KLEIN_TRANSFORMER: {file.name} is {spec.name} by its sha256, which is known now "
+                f"that it is here, and not {model.spec.name}: start klein again",
+                field="KLEIN_TRANSFORMER",
+            )
+    if found is None:
+        token = settings.hf_token.value if settings.hf_token else None
+        parts = locate.BESIDE_TRANSFORMER if file else locate.WEIGHTED
+        found = locate.download(model.repo, revision, token, parts)
+        file = file or checkpoint.of_folder(found.folder / "transformer")
+    return replace(model, found=found, checkpoint=file)
+
+
 def fetched(plan: Plan, settings: Settings) -> Plan:
-    """The plan with its model on disk: downloaded, if it was not. Raises ModelUnavailable."""
-    if plan.checkpoint and not plan.checkpoint.files:
-        plan = replace(plan, checkpoint=transformer_file.fetch(settings, plan.checkpoint))
-    if not plan.download:
+    """The plan with its model on disk: fetched, if it was not. Raises ModelUnavailable."""
+    here = None if plan.download else Found(plan.found_in, Path(plan.source), plan.revision)
+    model = Located(plan.source, here, plan.spec, plan.checkpoint)
+    made = fetch_model(model, settings, plan.revision)
+    if made.found is None or made == model:
         return plan
-    token = settings.hf_token.value if settings.hf_token else None
-    parts = locate.BESIDE_TRANSFORMER if settings.transformer else locate.WEIGHTED
-    found = locate.download(plan.source, plan.revision, token, parts)
     return replace(
         plan,
-        source=str(found.folder),
-        revision=found.revision,
+        source=str(made.found.folder),
+        revision=made.found.revision,
         download=False,
-        checkpoint=plan.checkpoint or checkpoint.of_folder(found.folder / "transformer"),
+        checkpoint=made.checkpoint,
     )
 
 

@@ -88,7 +88,9 @@ class Acceleration:
 STEP_SKIPPING = StepSkipping(first=3, every=2)
 """28 steps become 16: SPEED.md has what others cost."""
 
-_SKIPS_FROM = ", ".join(f"{row.skips_from} steps or more ({row.name})" for row in SAMPLERS.values())
+_SKIPS_FROM = ", ".join(
+    f"{row.skips_from} steps or more ({row.name})" for row in SAMPLERS.values() if row.skips_from
+)
 
 OPTIONS: dict[str, Option] = {
     row.name: row

@@ -79,7 +79,7 @@ def to_text(result: GenerationResult, image: GeneratedImage, delivery: Delivery)
     pairs = {
         "Steps": params.num_inference_steps,
         "Sampler": SAMPLERS[params.sampler].label,
-        "Schedule type": params.schedule,
+        "Schedule type": "sigmas" if isinstance(params.schedule, tuple) else params.schedule,
         "CFG scale": params.guidance_scale,
         "Seed": image.seed,
         "Size": f"{image.image.width}x{image.image.height}",

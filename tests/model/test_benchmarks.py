@@ -3,6 +3,7 @@
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +55,27 @@ def test_the_work_of_a_forward_is_counted() -> None:
     for side, expected in ((1024, 75.51), (512, 22.73)):
         work = tiers.teraflops(spec, tiers.Case(side, side, references=0))
         assert work == pytest.approx(expected, rel=0.01)
+
+
+def test_cards_from_each_kind_of_weights(tmp_path: Path) -> None:
+    """On the CPU with nano's geometry: made, packed, started from all three and drawn with."""
+    argv = ["-m", "benchmarks.cards", "--folder", str(tmp_path), "--geometry", "nano"]
+    done = subprocess.run(
+        [sys.executable, *argv, "--steps", "1"],
+        cwd=live.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| all")]
+    assert [row[1] for row in rows] == [
+        "folder, cold",
+        "folder",
+        "float8 file, cold",
+        "float8 file",
+        "packed, cold",
+        "packed",
+        "folder",
+    ]
+    assert {row[3] for row in rows} == {"eager, none", "fast, none"}
+    assert all(float(number) > 0 for row in rows for number in row[4:7])

@@ -18,10 +18,11 @@ from klein.errors import ModelUnavailable
 from klein.inference.acceleration.ops import is_float8_only
 from klein.inference.acceleration.transformer import block_linears
 from klein.inference.loading import single_file
+from klein.inference.offload import ModelOffloader
 from klein.inference.pipeline import KleinPipeline
 from klein.models import checkpoint
 from klein.models.identify import NANO_FOLDER
-from tests.model.conftest import drawer, load, planned
+from tests.model.conftest import drawer, load, planned, with_loras
 from tests.support import checkpoints
 
 LORAS = Path("klein/nano/loras")
@@ -165,6 +166,24 @@ def test_loras_on_float8_weights(start: Start, fast: KleinPipeline) -> None:
     print(f"{gap(with_it, expected):.2f}; the LoRA makes {gap(with_it, before):.2f}")
     assert gap(with_it, expected) < gap(with_it, before) / 2
     assert np.array_equal(pixels(pipe), before)
+
+
+def test_float8_weights_take_turns_with_the_text_encoder(start: Start, tmp_path: Path) -> None:
+    """Model offload moves them as they are, LoRAs are merged from the originals it keeps, and
+    pictures are those of weights that stay."""
+    tensors = FLOAT8["scale a layer"]
+    resident = start(tensors, KLEIN_SPEED="fast")
+    parts = start(tensors, KLEIN_SPEED="fast").parts
+    offloader = ModelOffloader("cpu", parts.text_encoder, parts.transformer)
+    originals = offloader.originals(parts.transformer)
+    kept = {name: weight.clone() for name, weight in originals.items()}
+    path = checkpoints.write(tmp_path / "nano.safetensors", tensors)
+    chosen = planned("nano", KLEIN_SPEED="fast", KLEIN_TRANSFORMER=str(path))
+    pipe = with_loras(KleinPipeline(parts, *chosen, "", offloader), LORAS)
+    for seed, loras in ((1, []), (2, [ZIBBO]), (2, [])):
+        made, expected = (pixels(x, seed=seed, loras=loras) for x in (pipe, resident))
+        assert np.array_equal(made, expected)
+    assert all(torch.equal(originals[name].float(), x.float()) for name, x in kept.items())
 
 
 def test_a_quantised_folder(tmp_path: Path, rows: KleinPipeline) -> None:

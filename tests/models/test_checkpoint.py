@@ -188,7 +188,8 @@ def test_what_is_bundled_is_left_alone() -> None:
         Entry(f"model.diffusion_model.{e.name}", e.dtype, e.shape, e.begin, e.end) for e in nano()
     ]
     more = [tensor("text_encoders.qwen.model.layers.0.weight", dtype="U8"), tensor("vae.x.weight")]
-    found = recognised([*inside, *more])
+    notes = {"text_encoders.qwen.model.layers.0.comfy_quant": {"format": "nvfp4"}}
+    found = checkpoint.recognise([*inside, *more], "x.safetensors", notes)
     assert [note.split(" in ")[0] for note in found.notes] == ["the text encoder", "the VAE"]
     assert len(found.tensors) == len(inside)
 

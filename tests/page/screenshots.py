@@ -35,6 +35,7 @@ THUMBNAILS = {
     "edit": "a winking man with spiky blonde hair, sunglasses and a red t-shirt, pink background",
     "edit_fast": "a winking man with spiky blue hair, sunglasses, a green t-shirt, pink background",
     "match_training_preview": "a woman with a pink ponytail and a black t-shirt, white background",
+    "turbo_lora": "a laughing man with short gray hair and a blue hoodie, green background",
 }
 
 

@@ -229,13 +229,19 @@ def is_float8_only(layer: torch.nn.Linear) -> bool:
 
 def quantise_weight(layer: torch.nn.Linear, weight: Tensor) -> None:
     """Let the layer act with `weight` (out, in) through a float8 copy; its own stays as it is."""
-    values, scale, _ = _quantised(weight[None].contiguous(), 0, len(weight))
+    values, scale = float8_rows(weight)
     if is_quantised(layer):
-        for kept, new in zip(float8_copy(layer), (values, scale.t()), strict=True):
+        for kept, new in zip(float8_copy(layer), (values, scale), strict=True):
             kept.copy_(new)
     else:
         layer.register_buffer("float8", values, persistent=False)
-        layer.register_buffer("float8_scale", scale.t().contiguous(), persistent=False)
+        layer.register_buffer("float8_scale", scale.contiguous(), persistent=False)
+
+
+def float8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (out, in) in float8, and the scales of its rows (1, out) float32."""
+    values, scale, _ = _quantised(weight[None].contiguous(), 0, len(weight))
+    return values, scale.t()
 
 
 def group_norm(

@@ -36,7 +36,8 @@ def _logged(part: str, reader: Callable[[], dict[str, Tensor]]) -> dict[str, Ten
     return tensors
 
 
-def _everything(_: str) -> bool:
+def everything(_: str) -> bool:
+    """Every tensor."""
     return True
 
 
@@ -57,8 +58,8 @@ def start_reading(plan: Plan, dtype: torch.dtype | None = None) -> dict[str, Wei
     encoder = layers_below(OUT_LAYERS[-1])
     readers: dict[str, Callable[[], dict[str, Tensor]]] = {
         "text_encoder": partial(read, folder / "text_encoder", to, dtype, encoder),
-        "vae": partial(read, folder / "vae", to, dtype, _everything),
-        "transformer": partial(read, folder / "transformer", transformer_to, dtype, _everything),
+        "vae": partial(read, folder / "vae", to, dtype, everything),
+        "transformer": partial(read, folder / "transformer", transformer_to, dtype, everything),
     }
     if plan.checkpoint:
         readers["transformer"] = partial(
@@ -122,7 +123,7 @@ def _load(
     device: Device,
     dtype: torch.dtype,
     build: Callable[[], Any],
-    wanted: TensorFilter = _everything,
+    wanted: TensorFilter = everything,
     weights: Weights | None = None,
 ) -> Any:
     """The model that `build` makes without weights, with them; it is built while they are read.

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from klein.inference.loading.reader import Device, exact, fill
@@ -50,6 +51,42 @@ def read(
     return weights
 
 
+def is_block_linear(name: str) -> bool:
+    """Whether a float8 tier acts through float8 of the weight of that name."""
+    return "transformer_blocks." in name and ".norm_" not in name
+
+
+class Parameters:
+    """A checkpoint's parameters one by one, each read when it is asked for."""
+
+    def __init__(self, found: Checkpoint) -> None:
+        self._places: dict[str, tuple[str, Stored, slice]] = {}
+        for tensor, stored in found.tensors.items():
+            start = 0
+            for name, rows in stored.parameters:
+                self._places[name] = tensor, stored, slice(start, start + rows)
+                start += rows
+        self._files = {}
+        for path in found.files:
+            with safe_open(path, "pt") as file:
+                self._files.update(dict.fromkeys(file.keys(), path))
+
+    @property
+    def names(self) -> list[str]:
+        """diffusers' names, sorted."""
+        return sorted(self._places)
+
+    def read(self, name: str) -> Tensor:
+        """One parameter, float32 in main memory."""
+        tensor, stored, rows = self._places[name]
+        with safe_open(self._files[tensor], "pt") as file:
+            weight: Tensor = file.get_slice(tensor)[rows].float()
+            if stored.scale:
+                scale = file.get_tensor(stored.scale).float().flatten()
+                weight *= (scale if scale.numel() == 1 else scale[rows])[:, None]
+        return torch.cat(weight.chunk(2)[::-1]) if stored.swapped_halves else weight
+
+
 def _settle(
     stored: Stored,
     weights: dict[str, Tensor],
@@ -66,7 +103,7 @@ def _settle(
     start = 0
     for name, rows in stored.parameters:
         share = by_row[start : start + rows]
-        if keep_float8 and "transformer_blocks." in name:
+        if keep_float8 and is_block_linear(name):
             weights[f"{name.removesuffix('weight')}{SCALE}"] = share[None].contiguous()
         else:
             weights[name] = (weights[name].float() * share[:, None]).to(dtype)
