@@ -117,13 +117,16 @@ class Generator:
     async def _run(self, request: GenerateRequest, context: RequestContext) -> Generated:
         resolved = self.resolve(request)
         self.engine.require_place()
-        if resolved.needs_preparing:
-            job = await self._prepare(resolved, context)
-            result = await self.engine.run(job, admitted=True)
-        else:
-            result = await self.engine.run(Job(context, resolved.params, (), resolved.warnings))
+        result = await self.draw(resolved, context)
         self.step_times.learn(result)
         return Generated(result, resolved.delivery)
+
+    async def draw(self, resolved: Resolved, context: RequestContext) -> GenerationResult:
+        """Fetch and read what a resolved request needs, and draw it; raises a KleinError."""
+        if resolved.needs_preparing:
+            job = await self._prepare(resolved, context)
+            return await self.engine.run(job, admitted=True)
+        return await self.engine.run(Job(context, resolved.params, (), resolved.warnings))
 
     def retry_after(self) -> float | None:
         """Seconds until a place in the queue is free, as far as measured step times tell."""

@@ -120,10 +120,11 @@ class Pool(Generic[T]):
 
     def next(self) -> tuple[Entry[T], Worker[T], Warmth] | None:
         """The next job for a free worker, which has it from now on; None when there is none."""
-        free = next((level for level in self._free if level), None)
-        if not free or not self.waiting:
+        busy, free = next(((n, level) for n, level in enumerate(self._free) if level), (0, {}))
+        found = self._match(free, urgent=busy == 0) if free and self.waiting else None
+        if found is None:
             return None
-        entry, worker = self._match(free)
+        entry, worker = found
         for passed in self.waiting[: self.waiting.index(entry)]:
             passed.overtaken += 1
         self.waiting.remove(entry)
@@ -145,14 +146,18 @@ class Pool(Generic[T]):
 
     # -- which worker draws what ---------------------------------------------------------------
 
-    def _match(self, free: dict[str, Worker[T]]) -> tuple[Entry[T], Worker[T]]:
+    def _match(
+        self, free: dict[str, Worker[T]], *, urgent: bool
+    ) -> tuple[Entry[T], Worker[T]] | None:
+        """Unless it is `urgent`, for no worker is idle, what is warm elsewhere waits for that."""
         head = self.waiting[0]
         if head.overtaken < PATIENCE:
             near = list(islice(self.waiting, LOOKAHEAD))
             found = self._warm(near, free, last=True) or self._warm(near, free, last=False)
-            if found:
+            cold = next((entry for entry in near if entry.key not in self._holders), None)
+            if found or not (cold or urgent):
                 return found
-            head = next((entry for entry in near if entry.key not in self._holders), head)
+            head = cold or head
         warm = (worker for worker in self.holders(head.key) if worker.id in free)
         return head, next(warm, next(iter(free.values())))
 
