@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 RUFF := $(BIN)/ruff
 # Tests that need torch (tests/conftest.py has the same names); the other folders run without it.
-HEAVY := model bundle gpu page
+HEAVY := model bundle gpu page ray
 LIGHT := $(filter-out $(HEAVY:%=tests/%/),$(sort $(dir $(wildcard tests/*/test_*.py))))
 # Processes that share the cores: one thread each, and none that spins while it waits.
 QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE

@@ -327,6 +327,10 @@ class FleetGenerator(Generator):
         """Have a replica fetch, read and draw it; raises a KleinError."""
         return await self.fleet.draw(resolved, context)
 
+    def warm(self) -> dict[str, list[str]]:
+        """The LoRA sets that each replica drew, the last one first."""
+        return self.fleet.warm()
+
 
 def lora_key(loras: tuple[LoraSpec, ...]) -> str:
     """The set of LoRAs, whatever their order and scales; empty without any."""

@@ -132,6 +132,10 @@ class Generator:
         """Seconds until a place in the queue is free, as far as measured step times tell."""
         return self.step_times.wait(self.engine.queue(), ahead=0)
 
+    def warm(self) -> dict[str, list[str]] | None:
+        """The LoRA sets that each replica drew last, where there are several replicas."""
+        return None
+
     async def _prepare(self, resolved: Resolved, context: RequestContext) -> Job:
         """`prepare` in a thread. Whoever waits can leave at the deadline: the thread ends later."""
         with self._place():

@@ -3,8 +3,8 @@
 The queue is ordered by start-time fair queueing: each caller's work follows its own, and callers
 take turns by the work they ask for. A worker that is free takes the job nearest to the front of
 those whose LoRA set it drew last, then of those it has warm, then of those that are warm nowhere,
-then the first. Nobody is overtaken more than PATIENCE times, and no worker gets a second job while
-another has none: a warm worker with a queue loses its work to an idle one.
+then the first. How often a job is overtaken has a bound, PATIENCE. No worker gets a second job
+while another has none: a warm worker with a queue loses its work to an idle one.
 
 Nothing here waits or knows what a worker is: whoever owns a pool calls `next` when something
 changed. Not thread-safe.
@@ -27,8 +27,9 @@ SLOTS = 2
 """Jobs a worker has at a time: one on its GPU, and one that gets ready meanwhile."""
 WARM_SETS = 8
 """LoRA sets that a worker is taken to have at hand: those it drew last."""
-PATIENCE = 16
-"""Times that a job may be overtaken for the sake of warm LoRAs."""
+PATIENCE = 12
+"""Times that each worker may let a job be overtaken for the sake of warm LoRAs: nobody waits longer
+for that than for as many jobs of a worker."""
 LOOKAHEAD = 64
 """Jobs from the front among which a free worker looks for one that suits it."""
 
@@ -151,7 +152,7 @@ class Pool(Generic[T]):
     ) -> tuple[Entry[T], Worker[T]] | None:
         """Unless it is `urgent`, for no worker is idle, what is warm elsewhere waits for that."""
         head = self.waiting[0]
-        if head.overtaken < PATIENCE:
+        if head.overtaken < PATIENCE * len(self.workers):
             near = list(islice(self.waiting, LOOKAHEAD))
             found = self._warm(near, free, last=True) or self._warm(near, free, last=False)
             cold = next((entry for entry in near if entry.key not in self._holders), None)

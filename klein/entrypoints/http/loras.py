@@ -11,6 +11,7 @@ from typing import IO, Any, TypeVar
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from klein.app.generator import Generator
 from klein.entrypoints.http.errors import error_response
 from klein.errors import InvalidRequest, KleinError
 from klein.lora.library import LoraLibrary
@@ -23,8 +24,13 @@ T = TypeVar("T")
 
 @router.get("/loras")
 async def list_loras(request: Request) -> Response:
-    """Every LoRA at hand, with what is known of it."""
-    return await _answer(_library(request).entries, lambda rows: {"loras": rows})
+    """Every LoRA at hand, with what is known of it; with several replicas, which drew what last."""
+    generator: Generator = request.app.state.generator
+    warm = generator.warm()
+    return await _answer(
+        generator.library.entries,
+        lambda rows: {"loras": rows} | ({} if warm is None else {"warm": warm}),
+    )
 
 
 @router.post("/loras")
