@@ -168,7 +168,7 @@ class Fleet:
 
     def queue(self) -> QueueView:
         """Who is drawn and who waits, those first that a replica has already."""
-        workers = {worker.id: worker for worker in self._flying.values()}.values()
+        workers = list(dict.fromkeys(self._flying.values()))
         running = tuple(Running(w.jobs[0].item.job, w.started) for w in workers)
         sent = [entry for worker in workers for entry in worker.jobs[1:]]
         waiting = tuple(entry.item.job for entry in (*sent, *self._pool.waiting))
@@ -291,12 +291,15 @@ class Fleet:
         ready = [hello for hello in hellos if hello.state is State.READY]
         if ready:
             self._model = _Model(ready[0].info, ready[0].stats)
-        if self._pool.members(hello.id for hello in ready):
+        if self._pool.members({hello.id: hello.host for hello in ready}):
             self._dispatch()
 
     def _leave(self, worker: Worker[_Flight]) -> None:
         """No more jobs for `worker`, unless it says hello again."""
-        self._pool.members(id for id in list(self._pool.workers) if id != worker.id)
+        others = {
+            id: each.host.name for id, each in self._pool.workers.items() if each is not worker
+        }
+        self._pool.members(others)
 
     def _changed(self) -> None:
         for listener in self._listeners:

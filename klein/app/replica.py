@@ -52,9 +52,10 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """A replica as it is now."""
+    """A replica as it is now, and the `host` whose disk it shares with others."""
 
     id: str
+    host: str
     state: State
     info: ModelInfo
     stats: PipelineStats
@@ -67,15 +68,18 @@ Message = Progress | Preview | Drawn | KleinError
 class Replica:
     """Draws orders with a generator whose model is loaded. It belongs to one event loop."""
 
-    def __init__(self, id: str, generator: Generator) -> None:
+    def __init__(self, id: str, host: str, generator: Generator) -> None:
         self.id = id
+        self.host = host
         self._generator = generator
         self._work: dict[str, asyncio.Task[Drawn]] = {}
 
     def hello(self) -> Hello:
         """How it is."""
         engine = self._generator.engine
-        return Hello(self.id, engine.state, engine.pipeline.info, engine.pipeline.stats())
+        return Hello(
+            self.id, self.host, engine.state, engine.pipeline.info, engine.pipeline.stats()
+        )
 
     async def draw(self, order: Order) -> AsyncGenerator[Message, None]:
         """Progress and previews of `order`, then what came of it; leaving early cancels it."""

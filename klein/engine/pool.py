@@ -2,9 +2,10 @@
 
 The queue is ordered by start-time fair queueing: each caller's work follows its own, and callers
 take turns by the work they ask for. A worker that is free takes the job nearest to the front of
-those whose LoRA set it drew last, then of those it has warm, then of those that are warm nowhere,
-then the first. How often a job is overtaken has a bound, PATIENCE. No worker gets a second job
-while another has none: a warm worker with a queue loses its work to an idle one.
+those whose LoRA set it drew last, then of those it has warm, then of those that its host has on
+disk, then of those that nobody has, then the first. How often a job is overtaken has a bound,
+PATIENCE. No worker gets a second job while another has none: a warm worker with a queue loses its
+work to an idle one.
 
 Nothing here waits or knows what a worker is: whoever owns a pool calls `next` when something
 changed. Not thread-safe.
@@ -12,21 +13,25 @@ changed. Not thread-safe.
 
 import time
 from bisect import insort
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import count
 from typing import Generic, Literal, TypeVar
 
 from klein.errors import QueueFull
 
 T = TypeVar("T")
-Warmth = Literal["same", "warm", "cold"]
+Warmth = Literal["same", "warm", "near", "cold"]
+"""Of a LoRA set on a worker: drawn last, at hand, on its host's disk, or to be fetched."""
+WARMTHS: tuple[Warmth, ...] = ("same", "warm", "near", "cold")
 
 SLOTS = 2
 """Jobs a worker has at a time: one on its GPU, and one that gets ready meanwhile."""
 WARM_SETS = 8
 """LoRA sets that a worker is taken to have at hand: those it drew last."""
+NEAR_SETS = 256
+"""LoRA sets that a host is taken to have on its disk: those its workers drew last."""
 PATIENCE = 12
 """Times that each worker may let a job be overtaken for the sake of warm LoRAs: nobody waits longer
 for that than for as many jobs of a worker."""
@@ -49,23 +54,30 @@ class Entry(Generic[T]):
 
 
 @dataclass(eq=False, slots=True)
+class Host(Generic[T]):
+    """A machine whose workers share what they fetch; `near` are those LoRA sets, the last last."""
+
+    name: str
+    workers: dict[str, "Worker[T]"] = field(default_factory=dict)
+    near: OrderedDict[str, None] = field(default_factory=OrderedDict)
+
+
+@dataclass(eq=False, slots=True)
 class Worker(Generic[T]):
     """One worker: its jobs, the first of them on its GPU since `started`; `warm` are the LoRA sets
     it drew, the last one last."""
 
     id: str
+    host: Host[T]
     jobs: list[Entry[T]] = field(default_factory=list)
     started: float = 0.0
     warm: OrderedDict[str, None] = field(default_factory=OrderedDict)
 
-    @property
-    def last(self) -> str | None:
-        """The LoRA set that its newest job needs."""
-        return next(reversed(self.warm), None)
-
     def warmth(self, key: str) -> Warmth:
-        """What putting the LoRAs `key` on would take here: nothing, a merge, or reading them."""
-        return "same" if key == self.last else "warm" if key in self.warm else "cold"
+        """What putting the LoRAs `key` on would take here: nothing, a merge, a file, a network."""
+        if key in self.warm:
+            return "same" if key == next(reversed(self.warm)) else "warm"
+        return "near" if key in self.host.near else "cold"
 
 
 class Pool(Generic[T]):
@@ -76,7 +88,9 @@ class Pool(Generic[T]):
         self.waiting: list[Entry[T]] = []
         self.workers: dict[str, Worker[T]] = {}
         self._free: tuple[dict[str, Worker[T]], ...] = tuple({} for _ in range(SLOTS))
-        self._holders: dict[str, dict[str, Worker[T]]] = {}
+        self._hosts: dict[str, Host[T]] = {}
+        self._holders: dict[str, dict[str, Host[T]]] = {}
+        self._warm: Counter[str] = Counter()
         self._finish: dict[str | None, float] = {}
         self._now = 0.0
         self._numbers = count()
@@ -107,16 +121,16 @@ class Pool(Generic[T]):
         self.waiting.remove(entry)
         return True
 
-    def members(self, ids: Iterable[str]) -> bool:
-        """Set which workers get jobs; returns whether that changed anything. One that is not among
-        `ids` finishes what it has."""
-        wanted = dict.fromkeys(ids)
-        gone = [id for id in self.workers if id not in wanted]
+    def members(self, hosts: Mapping[str, str]) -> bool:
+        """Set which workers get jobs, each with its host's name; returns whether that changed
+        anything. One that is not among them finishes what it has."""
+        gone = [id for id in self.workers if id not in hosts]
         for id in gone:
-            self._forget(self.workers.pop(id))
-        new = [id for id in wanted if id not in self.workers]
+            self._leave(self.workers.pop(id))
+        new = [id for id in hosts if id not in self.workers]
         for id in new:
-            self.workers[id] = self._free[0][id] = Worker(id)
+            host = self._hosts.setdefault(hosts[id], Host(hosts[id]))
+            self.workers[id] = host.workers[id] = self._free[0][id] = Worker(id, host)
         return bool(gone or new)
 
     def next(self) -> tuple[Entry[T], Worker[T], Warmth] | None:
@@ -141,36 +155,46 @@ class Pool(Generic[T]):
         worker.started = time.monotonic()
         self._enter_level(worker)
 
-    def holders(self, key: str) -> Iterator[Worker[T]]:
-        """The workers that have the LoRAs `key` warm."""
-        return iter(self._holders.get(key, {}).values())
-
     # -- which worker draws what ---------------------------------------------------------------
 
     def _match(
         self, free: dict[str, Worker[T]], *, urgent: bool
     ) -> tuple[Entry[T], Worker[T]] | None:
-        """Unless it is `urgent`, for no worker is idle, what is warm elsewhere waits for that."""
-        head = self.waiting[0]
+        """Unless it is `urgent`, for no worker is idle, what others have warm waits for them."""
+        head, near = self.waiting[0], self.waiting[:LOOKAHEAD]
         if head.overtaken < PATIENCE * len(self.workers):
-            near = list(islice(self.waiting, LOOKAHEAD))
-            found = self._warm(near, free, last=True) or self._warm(near, free, last=False)
-            cold = next((entry for entry in near if entry.key not in self._holders), None)
-            if found or not (cold or urgent):
+            found = self._suiting(near, free)
+            if found or not urgent:
                 return found
-            head = cold or head
-        warm = (worker for worker in self.holders(head.key) if worker.id in free)
-        return head, next(warm, next(iter(free.values())))
+        having = {worker.warmth(head.key): worker for worker in self._having(head.key, free)}
+        best = next((having[warmth] for warmth in WARMTHS if warmth in having), None)
+        return head, best or next(iter(free.values()))
 
-    def _warm(
-        self, entries: list[Entry[T]], free: dict[str, Worker[T]], *, last: bool
+    def _suiting(
+        self, entries: list[Entry[T]], free: dict[str, Worker[T]]
     ) -> tuple[Entry[T], Worker[T]] | None:
-        """The first entry that a free worker has warm, or with `last` was given last."""
+        """The first entry that a free worker was given last; else that it has warm; else that
+        nobody has warm, for a worker whose host has it, or else for any."""
+        best: dict[Warmth, tuple[Entry[T], Worker[T]]] = {}
         for entry in entries:
-            for worker in self.holders(entry.key):
-                if worker.id in free and (not last or worker.last == entry.key):
+            for worker in self._having(entry.key, free):
+                warmth = worker.warmth(entry.key)
+                if warmth == "same":
                     return entry, worker
-        return None
+                if warmth == "warm" or not self._warm[entry.key]:
+                    best.setdefault(warmth, (entry, worker))
+            if entry.key not in self._holders:
+                best.setdefault("cold", (entry, next(iter(free.values()))))
+        return best.get("warm") or best.get("near") or best.get("cold")
+
+    def _having(self, key: str, free: dict[str, Worker[T]]) -> Iterator[Worker[T]]:
+        """The free workers whose hosts have the LoRAs `key`."""
+        hosts = self._holders.get(key, {})
+        if len(free) <= len(hosts):
+            yield from (worker for worker in free.values() if worker.host.name in hosts)
+            return
+        for host in hosts.values():
+            yield from (worker for id, worker in host.workers.items() if id in free)
 
     def _give(self, entry: Entry[T], worker: Worker[T]) -> None:
         self._leave_level(worker)
@@ -178,11 +202,14 @@ class Pool(Generic[T]):
             worker.started = time.monotonic()
         worker.jobs.append(entry)
         self._enter_level(worker)
-        worker.warm[entry.key] = None
-        worker.warm.move_to_end(entry.key)
-        self._holders.setdefault(entry.key, {})[worker.id] = worker
-        if len(worker.warm) > WARM_SETS:
-            self._unhold(worker, worker.warm.popitem(last=False)[0])
+        if entry.key not in worker.warm:
+            self._warm[entry.key] += 1
+        if dropped := _use(worker.warm, entry.key, WARM_SETS):
+            self._cool(dropped)
+        host = worker.host
+        self._holders.setdefault(entry.key, {})[host.name] = host
+        if dropped := _use(host.near, entry.key, NEAR_SETS):
+            self._unhold(host, dropped)
 
     def _leave_level(self, worker: Worker[T]) -> None:
         if len(worker.jobs) < SLOTS:
@@ -193,14 +220,26 @@ class Pool(Generic[T]):
         if len(worker.jobs) < SLOTS and self.workers.get(worker.id) is worker:
             self._free[len(worker.jobs)][worker.id] = worker
 
-    def _forget(self, worker: Worker[T]) -> None:
+    def _leave(self, worker: Worker[T]) -> None:
+        """Its host is forgotten with its last worker."""
         self._leave_level(worker)
         for key in worker.warm:
-            self._unhold(worker, key)
+            self._cool(key)
+        host = worker.host
+        del host.workers[worker.id]
+        if not host.workers:
+            del self._hosts[host.name]
+            for key in host.near:
+                self._unhold(host, key)
 
-    def _unhold(self, worker: Worker[T], key: str) -> None:
+    def _cool(self, key: str) -> None:
+        self._warm[key] -= 1
+        if not self._warm[key]:
+            del self._warm[key]
+
+    def _unhold(self, host: Host[T], key: str) -> None:
         holders = self._holders[key]
-        holders.pop(worker.id, None)
+        del holders[host.name]
         if not holders:
             del self._holders[key]
 
@@ -213,3 +252,10 @@ class Pool(Generic[T]):
         """Move the clock of work on to the first that waits, and forget callers that are behind."""
         self._now = max(self._now, self.waiting[0].start if self.waiting else taken.start)
         self._finish = {c: finish for c, finish in self._finish.items() if finish > self._now}
+
+
+def _use(kept: OrderedDict[str, None], key: str, most: int) -> str | None:
+    """Note that `key` was used last; the one that is forgotten for it, if any."""
+    kept[key] = None
+    kept.move_to_end(key)
+    return kept.popitem(last=False)[0] if len(kept) > most else None

@@ -56,7 +56,8 @@ class RayReplica:
         settings = Settings.from_env(os.environ)
         self._generator = build.generator(settings, build.loader(settings, os.environ))
         self._generator.engine.wait_ready()
-        self._replica = Replica(serve.get_replica_context().replica_id.unique_id, self._generator)
+        id = serve.get_replica_context().replica_id.unique_id
+        self._replica = Replica(id, ray.get_runtime_context().get_node_id(), self._generator)
 
     async def draw(self, worker: str, order: Order) -> AsyncIterator[Message]:
         """As Replica.draw; `worker` is for the router."""
@@ -211,7 +212,7 @@ class FleetMetrics:
                 warm.add_metric([replica, loras], 1)
         routed = CounterMetricFamily(
             "klein_routed",
-            "jobs by their LoRAs on the replica: the `same` as before, `warm` or `cold`",
+            "jobs by their LoRAs where they went: the `same`, `warm`, `near` (on disk) or `cold`",
             labels=["loras"],
         )
         for warmth, count in self._fleet.routing.routed.items():

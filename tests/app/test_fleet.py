@@ -52,7 +52,7 @@ class InLoop:
 
     def add(self, id: str) -> One:
         pipeline = fakes.FakePipeline()
-        one = One(Replica(id, fakes.generator(pipeline)), pipeline)
+        one = One(Replica(id, id, fakes.generator(pipeline)), pipeline)
         self.replicas[id] = one
         return one
 

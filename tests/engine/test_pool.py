@@ -11,9 +11,14 @@ Given = tuple[Entry[str], Worker[str]]
 
 
 def pool(*workers: str, size: int = 1000) -> Pool[str]:
+    """Each on its own host; "a1" and "a2" are both on host "a"."""
     made: Pool[str] = Pool(size)
-    made.members(workers)
+    made.members(hosts(*workers))
     return made
+
+
+def hosts(*workers: str) -> dict[str, str]:
+    return {worker: worker[0] for worker in workers}
 
 
 def put(pool: Pool[str], key: str = "", caller: str | None = None, cost: float = 1) -> Entry[str]:
@@ -171,19 +176,43 @@ def test_only_the_front_is_searched() -> None:
 
 
 def test_a_worker_has_its_last_sets_warm() -> None:
-    """Older ones are forgotten, and all of them with the worker."""
+    """Older ones are on its host's disk, and all are forgotten with the host."""
     one = pool("a")
     for n in range(WARM_SETS + 2):
         put(one, key=f"lora{n}")
         one.done(*take(one))
     (worker,) = one.workers.values()
     assert list(worker.warm) == [f"lora{n}" for n in range(2, WARM_SETS + 2)]
-    assert worker.warmth(f"lora{WARM_SETS + 1}") == "same"
-    assert worker.warmth("lora2") == "warm"
-    assert worker.warmth("lora0") == "cold"
-    assert not list(one.holders("lora0"))
-    one.members([])
-    assert not list(one.holders("lora2"))
+    found = [worker.warmth(f"lora{n}") for n in (WARM_SETS + 1, 2, 0, 99)]
+    assert found == ["same", "warm", "near", "cold"]
+    one.members({})
+    one.members(hosts("a"))
+    assert one.workers["a"].warmth("lora2") == "cold"
+
+
+def test_a_host_forgets_what_it_had_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The set used longest ago, once there are too many."""
+    monkeypatch.setattr("klein.engine.pool.NEAR_SETS", 2)
+    monkeypatch.setattr("klein.engine.pool.WARM_SETS", 1)
+    one = pool("a")
+    for name in "xyxz":
+        put(one, key=name)
+        one.done(*take(one))
+    assert [one.workers["a"].warmth(name) for name in "xyz"] == ["near", "cold", "same"]
+
+
+def test_a_neighbour_has_what_its_host_fetched() -> None:
+    """Before a worker of another host, but after one that has it warm."""
+    four = pool("b1", "a1", "a2", "b2")
+    put(four, key="x")
+    first, warm = take(four)
+    put(four, key="x")
+    second, neighbour = take(four)
+    assert warm.host is neighbour.host
+    four.done(first, warm)
+    put(four, key="x")
+    assert take(four)[1] is warm
+    four.done(second, neighbour)
 
 
 def test_a_worker_that_leaves_gets_nothing_more() -> None:
@@ -192,8 +221,8 @@ def test_a_worker_that_leaves_gets_nothing_more() -> None:
     entries = [put(two, caller=str(n)) for n in range(2 * SLOTS + 2)]
     given = [take(two) for _ in range(2 * SLOTS)]
     leaving = given[0][1]
-    assert two.members(["b" if leaving.id == "a" else "a"])
-    assert not two.members(["b" if leaving.id == "a" else "a"])
+    assert two.members(hosts("b" if leaving.id == "a" else "a"))
+    assert not two.members(hosts("b" if leaving.id == "a" else "a"))
     lost = [entry for entry, worker in given if worker is leaving]
     for entry in lost:
         two.done(entry, leaving)
