@@ -44,6 +44,11 @@ MANY = 10_000
 """Calls that a deployment takes at once: klein's own queue is what bounds them."""
 STATIC = "_internal/server/static_content"
 """BentoML's copy of the files of `/docs`."""
+ONE_LOOP = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
+"""The ingress never blocks, so that it can do without Ray's threads between HTTP and replicas."""
 HELLO_SECONDS = 5.0
 """A replica may take to say how it is."""
 
@@ -90,7 +95,10 @@ class ToNamedReplica(RequestRouter):  # type: ignore[misc]
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
         """The named replica, as the only rank."""
-        name = pending_request.args[0] if pending_request and pending_request.args else None
+        if pending_request is None:
+            return [candidate_replicas]
+        pending_request.routing_context.should_backoff = True  # else Ray asks again without a pause
+        name = pending_request.args[0]
         named = [each for each in candidate_replicas if each.replica_id.unique_id == name]
         return [named or candidate_replicas]
 
@@ -242,7 +250,10 @@ def app(args: dict[str, Any]) -> Any:
         **shared,
     )
     ingress = serve.deployment(
-        serve.ingress()(Ingress), name="Ingress", ray_actor_options={"num_cpus": 1}, **shared
+        serve.ingress()(Ingress),
+        name="Ingress",
+        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": ONE_LOOP}},
+        **shared,
     )
     return ingress.bind(replica.bind())
 
