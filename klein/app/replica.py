@@ -108,7 +108,8 @@ class Replica:
 
 def _context(order: Order, news: "asyncio.Queue[Progress | Preview | None]") -> RequestContext:
     """A context whose progress and previews become news, in any thread."""
-    loop, now, told = asyncio.get_running_loop(), time.monotonic(), 0.0
+    loop, now = asyncio.get_running_loop(), time.monotonic()
+    told = now
 
     def on_progress(progress: Progress) -> None:
         nonlocal told

@@ -3,12 +3,14 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 from klein.app import fleet as fleets
+from klein.app import replica
 from klein.app.fleet import CALLER, Fleet, FleetGenerator, ReplicaLost, lora_key
 from klein.app.generator import Generated
 from klein.app.replica import Hello, Message, Order, Replica
@@ -139,8 +141,9 @@ def test_a_job_comes_back_as_if_it_were_drawn_here() -> None:
     run(scenario, "a")
 
 
-def test_progress_and_previews_come_through() -> None:
-    """Progress at most ten times a second."""
+def test_progress_and_previews_come_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress as often as PROGRESS_EVERY lets it."""
+    monkeypatch.setattr(replica, "PROGRESS_EVERY", 0.0)
 
     async def scenario(generator: FleetGenerator, ways: InLoop) -> None:
         heard: list[Progress] = []
@@ -148,8 +151,7 @@ def test_progress_and_previews_come_through() -> None:
         previews = PreviewRequest(seen.append, every=2, decoded=1)
         context = generator.context("r1", heard.append, previews)
         await generator.run(fakes.request(num_inference_steps=4), context)
-        assert heard
-        assert heard[0] == Progress(1, 4, 1, 1)
+        assert heard == [Progress(step, 4, 1, 1) for step in (1, 2, 3, 4)]
         assert [(p.step, p.decoded) for p in seen] == [(2, False), (2, True), (4, False)]
 
     run(scenario, "a")
@@ -346,6 +348,26 @@ def test_a_lost_job_that_was_cancelled_is_not_drawn_again() -> None:
 
 async def _nothing(_: str) -> None:
     return
+
+
+def test_a_job_is_sent_in_a_context_of_its_own() -> None:
+    """Not in that of the request that made room for it: Ray ends a request's calls with it."""
+    mark: ContextVar[str] = ContextVar("mark", default="none")
+    marks = []
+
+    async def scenario(generator: FleetGenerator, ways: InLoop) -> None:
+        send = ways.draw
+
+        def draw(worker: str, order: Order) -> AsyncIterator[Message]:
+            marks.append(mark.get())
+            return send(worker, order)
+
+        ways.draw = draw  # type: ignore[method-assign]
+        mark.set("a request's")
+        await asyncio.gather(*(start(generator) for _ in range(4)))
+
+    run(scenario, "a")
+    assert marks == ["none"] * 4
 
 
 def test_what_is_warm_where_is_told() -> None:

@@ -26,7 +26,7 @@ NANO = loras.layers(192, double=2, single=4)
 NAMES = tuple(f"lora{n}.safetensors" for n in range(6))
 QUICK = {"width": 128, "height": 128, "num_inference_steps": 3}
 """A small image: some 50 ms on one core."""
-LONG = {"num_inference_steps": 150, "width": 256, "height": 256}
+LONG = {"num_inference_steps": 100, "width": 512, "height": 512}
 """An image that takes seconds."""
 
 
