@@ -117,11 +117,13 @@ class LoraReport:
 @dataclass(frozen=True, slots=True)
 class GeneratedImage:
     """One image, RGB, of the size in the parameters, or of the picture that was repainted; then
-    `unchanged_pixels` counts those that are the caller's own, bit for bit."""
+    `unchanged_pixels` counts those that are the caller's own, bit for bit. `file` is the image as
+    it leaves, where another process has written it already."""
 
     seed: int
     image: "Image"
     unchanged_pixels: int | None = None
+    file: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,11 +143,7 @@ class Generator:
 
     async def _run(self, resolved: Resolved, context: RequestContext) -> GenerationResult:
         self.engine.require_place()
-        if resolved.needs_preparing:
-            job = await self._prepare(resolved, context)
-            result = await self.engine.run(job, admitted=True)
-        else:
-            result = await self.engine.run(Job(context, resolved.params, (), resolved.warnings))
+        result = await self.draw(resolved, context)
         self.step_times.learn(result)
         return result
 
@@ -158,9 +154,20 @@ class Generator:
         lane = self.lanes.delivery if by_link else self.lanes.encoding
         return await lane.run(partial(work, generated))
 
+    async def draw(self, resolved: Resolved, context: RequestContext) -> GenerationResult:
+        """Fetch and read what a resolved request needs, and draw it; raises a KleinError."""
+        if resolved.needs_preparing:
+            job = await self._prepare(resolved, context)
+            return await self.engine.run(job, admitted=True)
+        return await self.engine.run(Job(context, resolved.params, (), resolved.warnings))
+
     def retry_after(self) -> float | None:
         """Seconds until a place in the queue is free, as far as measured step times tell."""
         return self.step_times.wait(self.engine.queue(), ahead=0)
+
+    def warm(self) -> dict[str, list[str]] | None:
+        """The LoRA sets that each replica drew last, where there are several replicas."""
+        return None
 
     async def _prepare(self, resolved: Resolved, context: RequestContext) -> Job:
         """`prepare` in a thread. Whoever waits can leave at the deadline: the thread ends later."""

@@ -247,13 +247,13 @@ class JobRegistry:
         """Tell each job that waits of its position if that has changed, and who is drawn now."""
         queue, times = self._generator.engine.queue(), self._generator.step_times
         places = {job.context.id: (n, job.params) for n, job in enumerate(queue.waiting, 1)}
-        drawn = queue.running.context.id if queue.running else None
+        drawn = {each.job.context.id: each.job.params for each in queue.running}
         for job in list(self._jobs.values()):
             if not job.accepted or job.status is not Status.STARTING:
                 continue
             before = job.queue_position
-            if queue.running is not None and job.context.id == drawn:
-                self._on_start(job, queue.running.params)
+            if job.context.id in drawn:
+                self._on_start(job, drawn[job.context.id])
             elif job.context.id in places:
                 job.queue_position, job.params = places[job.context.id]
                 wait = times.wait(queue, job.queue_position - 1)

@@ -53,13 +53,20 @@ class EngineStats:
 
 
 @dataclass(frozen=True, slots=True)
-class QueueView:
-    """The job on the GPU since `started` (on the clock of time.monotonic), and those that wait,
-    the next one first."""
+class Running:
+    """A job on a GPU since `started`, on the clock of time.monotonic."""
 
-    running: Job | None
+    job: Job
     started: float
+
+
+@dataclass(frozen=True, slots=True)
+class QueueView:
+    """The jobs on the GPUs of `workers`, and those that wait, the next one first."""
+
+    running: tuple[Running, ...]
     waiting: tuple[Job, ...]
+    workers: int = 1
 
 
 @dataclass(eq=False, slots=True)
@@ -141,7 +148,8 @@ class Engine:
         """Who is drawn and who waits."""
         with self._wake:
             waiting = tuple(entry.job for entry in self._waiting)
-            return QueueView(self._running, self._started, waiting)
+            running = (Running(self._running, self._started),) if self._running else ()
+            return QueueView(running, waiting)
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Call `listener` when a job joins or leaves the queue, in whatever thread that happens;

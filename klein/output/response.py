@@ -41,7 +41,8 @@ def encode(result: GenerationResult, delivery: Delivery) -> list[EncodedImage]:
     return [
         EncodedImage(
             image.seed,
-            images.encode(
+            image.file
+            or images.encode(
                 image.image,
                 fmt,
                 delivery.output_quality,

@@ -19,7 +19,7 @@ from tests.bundle.export import ROOT
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
-LOCKS = ("requirements.lock", "requirements-dev.lock")
+LOCKS = ("requirements.lock", "requirements-dev.lock", "requirements-ray.lock")
 WITH_TORCH = {"triton"}
 """Comes with torch's CUDA build, and only with that."""
 CUDA = ("nvidia-", "cuda-", "triton")
@@ -65,9 +65,12 @@ def test_every_imported_package_is_declared() -> None:
 
 
 def test_what_is_pinned_is_in_the_declared_range() -> None:
-    """Every dependency has its pin."""
+    """Every dependency has its pin; Ray's is exact, and the same in the extra."""
     pins = _pins("requirements.txt")
-    optional = {"flash-attn"}
+    optional = {"flash-attn", "ray", "prometheus-client"}
+    extra = PROJECT["project"]["optional-dependencies"]["ray"]
+    assert extra[0] in (ROOT / "requirements-ray.txt").read_text().splitlines()
+    assert _pins("requirements-ray.lock")["prometheus-client"] in Requirement(extra[1]).specifier
     for name, row in _declared().items():
         if name not in optional:
             assert pins[name] in row.specifier, name
@@ -86,11 +89,13 @@ def test_locks_are_exact(name: str) -> None:
 
 
 def test_the_locks_follow_the_pins() -> None:
-    """`make lock` was not forgotten, and both locks agree where they overlap."""
-    locked, tools = (_pins(name) for name in LOCKS)
+    """`make lock` was not forgotten, and the locks agree where they overlap."""
+    locked, *others = (_pins(name) for name in LOCKS)
     assert _pins("requirements.txt").items() <= locked.items()
-    assert _pins("requirements-dev.txt").items() <= tools.items()
-    assert {name: locked[name] for name in locked.keys() & tools.keys()}.items() <= tools.items()
+    assert _pins("requirements-dev.txt").items() <= others[0].items()
+    for other in others:
+        both = locked.keys() & other.keys()
+        assert {name: locked[name] for name in both}.items() <= other.items()
 
 
 def _needed(name: str) -> set[str]:

@@ -42,9 +42,21 @@ def _machine(machine: Machine) -> list[str]:
     return [
         "This machine",
         *(gpus or ["  GPU       none (no NVIDIA driver answers): only the built-in model runs"]),
+        *_users(len(machine.gpus)),
         f"  memory    {machine.memory_free / GB:.1f} GB free",
         f"  disk      {machine.disk_free / GB:.1f} GB free where models are cached",
     ]
+
+
+def _users(gpus: int) -> list[str]:
+    """What would use so many GPUs."""
+    if not gpus:
+        return []
+    every = f"klein serve --replicas {gpus} uses all {gpus}"
+    if _version("ray") is None:
+        every += ", once Ray is there: pip install 'klein[ray]'"
+    one = "bentoml serve, klein generate and the RunPod worker use one"
+    return [f"  GPUs      {gpus}: {one}" + (f"; {every}" if gpus > 1 else "")]
 
 
 def _software(machine: Machine) -> list[str]:

@@ -1,4 +1,4 @@
-"""The command line: `klein generate|presets|show|lora|weights|doctor`.
+"""The command line: `klein generate|presets|show|lora|weights|serve|doctor`.
 
 Each command's module is imported when it is asked for, so that help is quick.
 """
@@ -54,6 +54,11 @@ def _parser(argv: list[str] | None) -> argparse.ArgumentParser:
         commands.add_parser("lora", help="list, inspect, add, remove, convert, extract")
     )
     _add_weights_commands(commands.add_parser("weights", help="list, fetch, pack"))
+    serve = commands.add_parser("serve", help="serve from several GPUs of this machine, by Ray")
+    serve.add_argument("--replicas", type=int, help="one GPU each (default: as many as there are)")
+    serve.add_argument("--host", default="0.0.0.0", help="address to listen on")  # noqa: S104
+    serve.add_argument("--port", type=int, default=3000, help="port to listen on")
+    serve.set_defaults(run=_serve)
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -138,6 +143,12 @@ def _show(args: argparse.Namespace) -> int:
 
     print(read_text(read_bytes(args.file)))
     return OK
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from klein.entrypoints.cli.serve import serve
+
+    return serve(args)
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -45,10 +45,17 @@ UPLOAD = {
 """For OpenAPI."""
 
 
-@router.get("/loras", response_model=dict[str, list[dict[str, Any]]], responses=described())
+@router.get("/loras", response_model=dict[str, Any], responses=described())
 async def list_loras(request: Request) -> Response:
-    """Every LoRA at hand, with what is known of it."""
-    return await _answer(request, _library(request).entries, lambda rows: {"loras": rows})
+    """Every LoRA at hand, with what is known of it; with several replicas, which drew what last."""
+    library = _library(request)
+    generator: Generator = request.app.state.generator
+    warm = generator.warm()
+    return await _answer(
+        request,
+        library.entries,
+        lambda rows: {"loras": rows} | ({} if warm is None else {"warm": warm}),
+    )
 
 
 @router.post(
