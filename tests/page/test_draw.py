@@ -216,7 +216,7 @@ def test_drop_an_image_to_get_its_settings_back(page: Page, url: str, format: st
     }
     status, data = live.post(f"{url}/generate", asked)
     assert status == 200
-    _drop(page, data, f"image/{format}")
+    person.drop(page, data, f"image/{format}")
     page.get_by_role("button", name="Use its settings").click()
     expect(page.locator("#prompt")).to_have_value(prompt)
     expect(page.locator("#negative_prompt")).to_have_value("a scarf 😀")
@@ -236,24 +236,12 @@ def test_drop_an_image_of_another_program(page: Page) -> None:
     )
     info.add_text("parameters", text)
     Image.new("RGB", (64, 64)).save(out, "PNG", pnginfo=info)
-    _drop(page, out.getvalue(), "image/png")
+    person.drop(page, out.getvalue())
     page.get_by_role("button", name="Use its settings").click()
     expect(page.locator("#prompt")).to_have_value("a cat,\nsitting")
     expect(page.locator("#negative_prompt")).to_have_value("dog")
     expect(page.locator("#field-guidance_scale")).to_have_value("7")
     expect(page.locator("#width")).to_have_value("512")
-
-
-def _drop(page: Page, data: bytes, kind: str) -> None:
-    page.evaluate(
-        """([bytes, type]) => {
-            const data = new DataTransfer();
-            data.items.add(new File([new Uint8Array(bytes)], "x", { type }));
-            const drop = new DragEvent("drop", { dataTransfer: data, bubbles: true });
-            document.body.dispatchEvent(drop);
-        }""",
-        [list(data), kind],
-    )
 
 
 def test_each_snippet_runs_as_it_is(page: Page, context: BrowserContext, tmp_path: Path) -> None:
