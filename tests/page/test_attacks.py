@@ -17,9 +17,9 @@ from tests.page.conftest import watched
 
 MARKUP = '"><img src=x onerror=document.title="caught"><script>document.title="caught"</script>'
 DENIED = """
-for (const name of ["localStorage", "sessionStorage"])
-    Object.defineProperty(window, name, { get() { throw new DOMException("no", "SecurityError"); } });
-IDBFactory.prototype.open = () => { throw new DOMException("no", "SecurityError"); };
+const get = () => { throw new DOMException("no", "SecurityError"); };
+for (const name of ["localStorage", "sessionStorage"]) Object.defineProperty(window, name, { get });
+IDBFactory.prototype.open = get;
 """
 FULL = """
 const full = () => { throw new DOMException("full", "QuotaExceededError"); };
@@ -66,8 +66,9 @@ def _is_unharmed(page: Page) -> None:
     assert page.locator("img[src='x'], body script").count() == 0
 
 
+@pytest.mark.smoke
 def test_words_of_others_are_text(page: Page) -> None:
-    """A prompt, LoRAs' names and trigger words, a report, a warning, an error, a file's settings."""
+    """A prompt, a LoRA's name and trigger word, a report, an error, a file's settings."""
     row = {"name": MARKUP, "bytes": 1, "base": MARKUP, "rank": 1, "error": None}
     row |= {"trigger_words": [f"{MARKUP} zib"], "defaults": {}}
     page.route("**/loras", lambda route: route.fulfill(json={"loras": [row]}))
@@ -174,6 +175,7 @@ def test_a_number_out_of_bounds_is_named_where_it_is(page: Page) -> None:
     expect(page.locator("#field-num_inference_steps")).to_be_focused()
 
 
+@pytest.mark.smoke
 def test_a_double_click_draws_once(page: Page) -> None:
     person.ask(page, steps=20)
     box = page.locator("#draw").bounding_box()
@@ -211,7 +213,7 @@ def test_a_stream_that_is_cut_goes_on_where_it_was(troubled: Page) -> None:
             route.continue_()
 
     troubled.route("**/jobs/*/events", cut)
-    person.ask(troubled, steps=60)
+    person.ask(troubled, steps=20)
     troubled.click("#draw")
     expect(troubled.locator(".state")).to_contain_text("the connection broke off")
     person.wait_for_image(troubled)

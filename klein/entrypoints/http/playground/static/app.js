@@ -147,23 +147,24 @@ async function rowsOf(job, input, label) {
 }
 
 function busy(on) {
-  exchange(...(on ? [$("draw"), $("cancel")] : [$("cancel"), $("draw")]));
+  if (on) exchange($("draw"), $("cancel"), true);
+  else exchange($("cancel"), $("draw"), $("cancel").disabled);
   $("hint").textContent = on ? "Esc" : "Ctrl ↵";
   sweep.go.disabled = on;
   $("stage").setAttribute("aria-busy", String(on));
   document.title = on ? "drawing … klein" : "klein";
 }
 
-/** Put one button in the other's place, where the second half of a double click must do nothing. */
-function exchange(old, next) {
+/** Put one button in the other's place; where that was `clicked`, a double click's second half does nothing. */
+function exchange(old, next, clicked) {
   const focused = document.activeElement === old;
   old.hidden = true;
   next.hidden = false;
-  next.disabled = true;
+  next.disabled = clicked;
   setTimeout(() => {
     next.disabled = false;
     if (focused && document.activeElement === document.body) next.focus();
-  }, DOUBLE_CLICK);
+  }, clicked ? DOUBLE_CLICK : 0);
 }
 
 /** Run `work` with the page busy, and show how it failed if it does. */
@@ -184,11 +185,17 @@ function drawOnce() {
   whileBusy(() => show(input, (view) => draw(input, view)), drawOnce);
 }
 
+/** Bring the stage into view where it is out of it, as it is on a phone. */
+function toStage() {
+  const { top, bottom } = $("stage").getBoundingClientRect();
+  if (bottom < innerHeight / 3 || top > innerHeight / 3) $("stage").scrollIntoView({ block: "start" });
+}
+
 async function show(input, work) {
   const view = stage.watch(...sizeOf(input));
   stage.show(view.element);
   details.show(null);
-  if (matchMedia("(max-width: 900px)").matches) $("stage").scrollIntoView({ block: "start" });
+  toStage();
   const rows = await work(view);
   form.drawn(rows[0].seed);
   await gallery.add(rows);
@@ -203,6 +210,7 @@ function drawStrip(runs) {
   whileBusy(async () => {
     const row = strip(runs, sizeOf(runs[0].input), (each) => open([each], 0));
     details.show(null);
+    toStage();
     for (const [n, { input, label }] of runs.entries()) {
       const [drawn] = await draw(input, row.views[n], label);
       row.done(n, drawn);
@@ -266,6 +274,7 @@ function open(rows, n) {
   stage.result(rows, n, { select: (at) => open(rows, at), actions: actionsOf, notes: details.notes(shown) });
   details.show(shown, routes);
   gallery.mark(shown);
+  toStage();
 }
 
 function actionsOf(row) {
@@ -304,6 +313,7 @@ async function useAs(kind, blob) {
 function sideBySide(a, b) {
   details.show(null);
   compare(a, b, { back: () => open([a], 0), swap: () => sideBySide(b, a) });
+  toStage();
 }
 
 /** A file that was dropped or pasted: offers its settings, or itself. */

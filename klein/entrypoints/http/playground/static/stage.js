@@ -21,7 +21,7 @@ export function empty(examples, choose) {
       { class: "empty" },
       icon("image"),
       h("h2", {}, "Say what to draw"),
-      h("p", {}, "Write a prompt and press Ctrl-Enter, or begin with one of these. An image dropped anywhere on the page gives its settings back."),
+      h("p", {}, "Write a prompt and press Draw or Ctrl-Enter, or begin with one of these. An image dropped anywhere on the page gives its settings back."),
       h("div", { class: "chips" }, ...examples.map((text) => button(text, () => choose(text), { class: "chip example" }))),
     ),
   );
