@@ -169,6 +169,18 @@ def test_sweep(page: Page) -> None:
     assert len(seeds) == 1
 
 
+def test_a_sweep_that_is_cancelled_keeps_what_is_drawn(page: Page) -> None:
+    person.ask(page, steps=20)
+    page.click("#sweep > summary")
+    page.fill("#sweep-values", "1, 2, 3")
+    page.click("#sweep-go")
+    page.wait_for_selector(".sweep .bare", timeout=person.PATIENCE)
+    page.keyboard.press("Escape")
+    page.get_by_role("heading", name="Cancelled").wait_for()
+    expect(page.locator("#stage")).to_contain_text("1 of 3 were drawn before")
+    expect(page.locator(".tile-of-gallery")).to_have_count(1)
+
+
 @pytest.mark.smoke
 def test_reload_finds_the_gallery_and_exports_it(page: Page) -> None:
     person.ask(page)

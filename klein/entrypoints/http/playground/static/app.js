@@ -263,8 +263,9 @@ function explain(error, again, kept) {
   const retry = again ? [button(canceled ? "Draw it again" : "Try again", again, { class: "primary" })] : [];
   if (error.code === "unauthorized") askForKey(key.get() ? WRONG_KEY : "");
   if (error.code === "offline" || error.code === "not_ready") connect();
-  const wait = error.retryAfter ? ` klein suggests ${error.retryAfter} s.` : "";
-  stage.failure(canceled ? "canceled" : "bad", title, kept || (way || error.message) + wait, ...retry);
+  const wait = error.retryAfter ? `klein suggests ${error.retryAfter} s.` : "";
+  const told = canceled && kept ? [kept] : [way || error.message, wait, kept];
+  stage.failure(canceled ? "canceled" : "bad", title, told.filter(Boolean).join(" "), ...retry);
 }
 
 // -- images -------------------------------------------------------------------------------------
