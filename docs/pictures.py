@@ -122,7 +122,7 @@ def sheet(name: str, columns: list[list[Drawn]]) -> None:
             whole.paste(part.image, (left, HEAD + row * (SIDE + GAP)))
         foot = (middle, HEAD + rows * (SIDE + GAP) + (FOOT - GAP) / 2)
         pen.multiline_text(foot, proof(drawn[0].reports), NOTE, note, anchor="mm", align="center")
-    whole.save(FOLDER / name, optimize=True)
+    whole.quantize(256, Image.Quantize.FASTOCTREE).save(FOLDER / name, optimize=True)
 
 
 def run_page(page: Path, folder: Path) -> None:

@@ -268,3 +268,9 @@ def test_every_page_is_reached_from_readme() -> None:
             (page.parent / path).resolve() for path, _ in docs.links(page) if path.endswith(".md")
         ]
     assert set(PAGES) <= seen
+
+
+def test_images_stay_small() -> None:
+    """Everybody who clones klein gets every version of them."""
+    large = {path.name: path.stat().st_size for path in (docs.ROOT / "docs/images").iterdir()}
+    assert {name: size for name, size in large.items() if size > 250_000} == {}
