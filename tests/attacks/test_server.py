@@ -17,8 +17,8 @@ from tests.attacks import hostile
 from tests.attacks.processes import Held, ask, serving, worker
 from tests.support import live
 
-REQUESTS = 3000
-KEPT_BYTES = 1000
+REQUESTS = 1500
+KEPT_BYTES = 1500
 """Of memory a request may cost for good; it was about 5,000."""
 HOSTILE = 300
 """Hostile requests of the short form."""
