@@ -26,6 +26,7 @@ from uvicorn.config import HTTP_PROTOCOLS
 
 from klein import logs
 from klein.app import build
+from klein.app.filter import Filter
 from klein.app.generator import Generator
 from klein.app.metrics import Recorder
 from klein.app.tracing import Tracing
@@ -40,6 +41,7 @@ from klein.entrypoints.http.errors import on_http_exception
 from klein.entrypoints.http.generate import answer_with_image, answer_with_json
 from klein.errors import KleinError
 from klein.output.delivery import Bucket
+from klein.output.marks import Marks
 from klein.request.schema import GenerateRequest
 from klein.settings import Settings
 
@@ -139,6 +141,8 @@ class Klein:
             build.loader(SETTINGS, os.environ)
             Bucket.from_settings(SETTINGS)
             Webhooks.from_settings(SETTINGS)
+            Marks.from_settings(SETTINGS)
+            Filter.from_settings(SETTINGS)
         except KleinError as error:
             _stop(error)
 

@@ -96,7 +96,7 @@ def encode(preview: Preview) -> None:
     if preview.decoded:
         images.encode(preview.picture, FORMATS["png"], 0, "")
     else:
-        images.preview_uri(preview.picture)
+        images.preview_uri(preview.picture, b"")
 
 
 def table(kinds: list[Kind]) -> list[str]:

@@ -166,9 +166,29 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class FilterNote:
+    """What a filter said of image `image` (from 1), or of the request, where both numbers are
+    None. What was `refused` does not leave."""
+
+    reason: str
+    refused: bool
+    image: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FilterReport:
+    """The filter that saw a result, and all that it had to say."""
+
+    name: str
+    notes: tuple[FilterNote, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationResult:
     """What happened. `mu` and `sigmas` are those of the run, `forwards` the transformer's; `mu` is
-    None where the request gave its noise levels."""
+    None where the request gave its noise levels. `inputs` are the caller's pictures, and `filter`
+    is None where there is no filter."""
 
     id: str
     params: GenerationParams
@@ -180,6 +200,8 @@ class GenerationResult:
     timings: Timings
     warnings: tuple[str, ...]
     model: ModelInfo
+    inputs: "EditInputs | None" = None
+    filter: FilterReport | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,12 +312,13 @@ class RequestContext:
 class InputImage:
     """A caller's picture as a pipeline uses it: RGB, upright, already at the size it is used at,
     both sides multiples of 16. `sha256` is of the bytes as sent, `width` and `height` their
-    upright size."""
+    upright size, and `data` those bytes."""
 
     image: "Image"
     sha256: str
     width: int
     height: int
+    data: bytes = b""
 
     @property
     def tokens(self) -> int:
@@ -325,14 +348,16 @@ class EditInputs:
 @dataclass(frozen=True, slots=True)
 class Job:
     """What a pipeline is to draw: `params` with everything settled, the files that `params.loras`
-    led to (or why one could not be had), what was changed on the way, and the pictures sent.
-    `ready` is when all that was known, on the clock of `time.monotonic`."""
+    led to (or why one could not be had), what was changed on the way, the pictures sent, and what
+    the filter said of the request. `ready` is when all that was known, on the clock of
+    `time.monotonic`."""
 
     context: RequestContext
     params: GenerationParams
     loras: tuple[LoraFile | LoraError, ...] = ()
     warnings: tuple[str, ...] = ()
     inputs: EditInputs = EditInputs()
+    notes: tuple[FilterNote, ...] = ()
     ready: float = field(default_factory=time.monotonic)
 
 

@@ -18,6 +18,8 @@ KleinError
 ├── DeadlineExceeded     the job ran out of time
 ├── Cancelled            the caller gave the job up
 ├── OutOfMemory          the picture did not fit into memory
+├── RefusedByFilter      the operator's filter lets a request or its images not through
+├── FilterFailed         the operator's filter raised, or gave no answer in time
 ├── OutputTooLarge       the result is larger than the platform carries
 ├── DeliveryFailed       the bucket did not take the picture; it may, later
 │   └── DeliveryRefused  the bucket says no to its name, its keys or the picture
@@ -52,6 +54,8 @@ class ErrorCode(StrEnum):
     DEADLINE_EXCEEDED = "deadline_exceeded"
     CANCELLED = "cancelled"
     OUT_OF_MEMORY = "out_of_memory"
+    REFUSED_BY_FILTER = "refused_by_filter"
+    FILTER_FAILED = "filter_failed"
     OUTPUT_TOO_LARGE = "output_too_large"
     DELIVERY_FAILED = "delivery_failed"
     DELIVERY_REFUSED = "delivery_refused"
@@ -151,6 +155,15 @@ class Cancelled(KleinError):
 
 class OutOfMemory(KleinError):
     code = ErrorCode.OUT_OF_MEMORY
+    retryable = True
+
+
+class RefusedByFilter(KleinError):
+    code = ErrorCode.REFUSED_BY_FILTER
+
+
+class FilterFailed(KleinError):
+    code = ErrorCode.FILTER_FAILED
     retryable = True
 
 

@@ -1,5 +1,6 @@
 """The settings of a deployment: one table row each, read once from the environment by a door."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,6 +12,8 @@ Offload = Literal["auto", "none", "model", "sequential"]
 PICTURES_MB = 50
 """Of all pictures of a request together, as files."""
 OFFLOADS: tuple[Offload, ...] = ("auto", "none", "model", "sequential")
+Metadata = Literal["full", "minimal", "none"]
+METADATA: tuple[Metadata, ...] = ("full", "minimal", "none")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -63,6 +66,12 @@ def _loras(text: str) -> tuple[tuple[str, float], ...]:
             raise ValueError("must have scales between -4 and 4")
         found.append((named, 1.0) if own is None else (path, own))
     return tuple(found)
+
+
+def _callable_name(text: str) -> str:
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+", text):
+        raise ValueError("must be package.module:name")
+    return text
 
 
 def _folder(text: str) -> Path:
@@ -245,6 +254,40 @@ class Settings:
     s3_secret: Secret | None = _setting("KLEIN_S3_SECRET", None, Secret, "secret access key")
     s3_expiry: int = _setting(
         "KLEIN_S3_EXPIRY", 86400, _number(int, 60, 604800), "seconds a picture's URL stays valid"
+    )
+    ai_mark: bool = _setting(
+        "KLEIN_AI_MARK",
+        True,
+        _switch,
+        "every image says in IPTC's words that AI made it; `off` leaves that out",
+    )
+    metadata: Metadata = _setting(
+        "KLEIN_METADATA",
+        "full",
+        _choice(*METADATA),
+        "parameters inside images: `full` draws one again, `minimal` has no prompts, LoRAs or "
+        "input images, `none` nothing",
+    )
+    c2pa_cert: Path | None = _setting(
+        "KLEIN_C2PA_CERT",
+        None,
+        Path,
+        "a PEM file, the certificate chain that C2PA manifests are signed with, its own one first",
+    )
+    c2pa_key: Path | None = _setting(
+        "KLEIN_C2PA_KEY", None, Path, "a PEM file, the private key of the first certificate"
+    )
+    filter: str | None = _setting(
+        "KLEIN_FILTER",
+        None,
+        _callable_name,
+        "`package.module:name` of a function that may refuse or mark requests and images",
+    )
+    filter_seconds: float = _setting(
+        "KLEIN_FILTER_SECONDS",
+        30.0,
+        _number(float, 0.1, 600),
+        "seconds the filter may take for a request or an image; after that it is an error",
     )
     jobs_keep_seconds: float = _setting(
         "KLEIN_JOBS_KEEP_SECONDS",

@@ -67,7 +67,7 @@ def generator(
 ) -> Generator:
     """The generator of these settings, its model being loaded in the background.
 
-    Raises BadSetting for a bucket that is half set.
+    Raises BadSetting for a bucket that is half set, and for marks and a filter that cannot work.
     """
     bucket = Bucket.from_settings(settings)
     loras = library(settings, recorder)

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from klein import logs
 from klein.app.account import Account, outcome_of
 from klein.app.estimate import StepTimes
+from klein.app.filter import NO_PREVIEWS, Filter
 from klein.app.lanes import Lanes
 from klein.app.metrics import Recorder
 from klein.app.prepare import prepare
@@ -33,6 +34,7 @@ from klein.errors import QueueFull
 from klein.lora.library import LoraLibrary
 from klein.lora.spec import LoraSpec
 from klein.output.delivery import Bucket
+from klein.output.marks import Marks
 from klein.output.response import require_bucket
 from klein.request.resolve import Resolved, resolve
 from klein.request.schema import GenerateRequest
@@ -48,10 +50,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """A result, and how it was asked to leave."""
+    """A result, how it was asked to leave, and what its images say of themselves."""
 
     result: GenerationResult
     delivery: Delivery
+    marks: Marks
 
 
 class Generator:
@@ -66,10 +69,13 @@ class Generator:
         recorder: Recorder | None = None,
         tracing: "Tracing | None" = None,
     ) -> None:
+        """Raises BadSetting for a filter that cannot be loaded or marks that cannot be made."""
         self.engine = engine
         self.library = library
         self.settings = settings
         self.bucket = bucket
+        self.marks = Marks.from_settings(settings)
+        self.filter = Filter.from_settings(settings)
         self.recorder = recorder
         self.tracing = tracing
         on_received = recorder.received("image") if recorder else ignore_size
@@ -113,7 +119,7 @@ class Generator:
             resolved = self.resolve(request)
             account.params, account.speed = resolved.params, self.engine.pipeline.info.speed
             account.result = await self._run(resolved, context)
-            return Generated(account.result, resolved.delivery)
+            return Generated(account.result, resolved.delivery, self.marks)
 
     @contextmanager
     def _account(self, id: str) -> Iterator[Account]:
@@ -155,11 +161,20 @@ class Generator:
         return await lane.run(partial(work, generated))
 
     async def draw(self, resolved: Resolved, context: RequestContext) -> GenerationResult:
-        """Fetch and read what a resolved request needs, and draw it; raises a KleinError."""
-        if resolved.needs_preparing:
+        """Fetch and read what a resolved request needs, draw it, and ask the filter; raises a
+        KleinError."""
+        if self.filter and context.previews:
+            context = replace(context, previews=None)
+            resolved = replace(resolved, warnings=(*resolved.warnings, NO_PREVIEWS))
+        ahead = self.filter is not None or resolved.needs_preparing
+        if ahead:
             job = await self._prepare(resolved, context)
-            return await self.engine.run(job, admitted=True)
-        return await self.engine.run(Job(context, resolved.params, (), resolved.warnings))
+        else:
+            job = Job(context, resolved.params, (), resolved.warnings)
+        result = await self.engine.run(job, admitted=ahead)
+        if self.filter:
+            result = await self.filter.check_images(job, result)
+        return replace(result, inputs=job.inputs)
 
     def retry_after(self) -> float | None:
         """Seconds until a place in the queue is free, as far as measured step times tell."""
@@ -170,7 +185,8 @@ class Generator:
         return None
 
     async def _prepare(self, resolved: Resolved, context: RequestContext) -> Job:
-        """`prepare` in a thread. Whoever waits can leave at the deadline: the thread ends later."""
+        """`prepare` in a thread, then the filter. Whoever waits can leave at the deadline: the
+        thread ends later."""
         with self._place():
             loop = asyncio.get_running_loop()
             work = loop.run_in_executor(
@@ -185,16 +201,18 @@ class Generator:
                 raise
             if not work.done():
                 context.check()
-            return await work
+            job = await work
+            return await self.filter.check_request(job) if self.filter else job
 
     @contextmanager
     def _place(self) -> Iterator[None]:
-        """One of the places for requests that fetch, which are counted apart from the queue's."""
+        """One of the places for requests that fetch or are filtered, which are counted apart from
+        the queue's."""
         with self._lock:
             if self._preparing >= self.settings.queue_size:
                 raise QueueFull(
-                    f"{self._preparing} requests are waiting for LoRAs or images: try again later, "
-                    "or raise KLEIN_QUEUE_SIZE"
+                    f"{self._preparing} requests are waiting for LoRAs, images or the filter: try "
+                    "again later, or raise KLEIN_QUEUE_SIZE"
                 )
             self._preparing += 1
         try:

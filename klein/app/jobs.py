@@ -169,7 +169,7 @@ class JobRegistry:
             webhook=spec.webhook,
             webhook_events=spec.webhook_events,
         )
-        job.context = self._context(own, job, spec.previews)
+        job.context = self._context(own, job, spec)
         self._jobs[owner, job.id] = job
         with logs.fields(job_id=job.id):
             job.task = asyncio.create_task(self._draw(job.id, spec, job.context))
@@ -195,7 +195,7 @@ class JobRegistry:
             )
         self.webhooks.require_allowed(spec.webhook)
 
-    def _context(self, id: str, job: Job, previews: bool) -> RequestContext:
+    def _context(self, id: str, job: Job, spec: JobSpec) -> RequestContext:
         """A context whose progress and previews are heard in the loop."""
         told = 0.0
 
@@ -207,8 +207,9 @@ class JobRegistry:
                 told = time.monotonic()
             self._hop(self._on_progress, job, progress)
 
-        receive = partial(self._hop, self._on_preview, job)
-        wanted = PreviewRequest(receive, every=PREVIEW_EVERY) if previews else None
+        receive = partial(self._hop, self._on_preview, job, self._generator.marks.xmp(spec.request))
+        sent = spec.previews and self._generator.filter is None
+        wanted = PreviewRequest(receive, every=PREVIEW_EVERY) if sent else None
         return self._generator.context(id, on_progress, wanted)
 
     async def _draw(self, id: str, spec: JobSpec, context: RequestContext) -> Output:
@@ -217,7 +218,7 @@ class JobRegistry:
 
     def _output(self, id: str, links: bool, generated: Generated) -> Output:
         if generated.delivery.return_type == "url":
-            made = (generated.result, generated.delivery, self._generator.bucket)
+            made = (generated.result, generated.delivery, generated.marks, self._generator.bucket)
             return Output(response.to_json(*made), ())
         return _encode(id, generated, links)
 
@@ -280,10 +281,10 @@ class JobRegistry:
         job.progress = {**asdict(progress), "seconds_left": job.seconds_left}
         job.events.append("progress", job.progress)
 
-    def _on_preview(self, job: Job, preview: Preview) -> None:
+    def _on_preview(self, job: Job, xmp: bytes, preview: Preview) -> None:
         if not job.over and job.accepted:
             told = {"step": preview.step, "steps": preview.steps, "image": preview.image}
-            job.events.append("preview", {**told, "url": preview_uri(preview.picture)})
+            job.events.append("preview", {**told, "url": preview_uri(preview.picture, xmp)})
 
     def _tell_status(self, job: Job) -> None:
         job.events.append(
@@ -370,9 +371,13 @@ def _klein_error(job: Job, error: BaseException) -> KleinError:
 def _encode(id: str, generated: Generated, links: bool) -> Output:
     """The images as files, and the answer around them."""
     result, delivery = generated.result, generated.delivery
-    images = response.encode(result, delivery)
+    images = response.encode(result, delivery, generated.marks)
     body = response.answer(
-        result, delivery, images, lambda number, _: {"url": f"/jobs/{id}/images/{number}"}
+        result,
+        delivery,
+        generated.marks,
+        images,
+        lambda number, _: {"url": f"/jobs/{id}/images/{number}"},
     )
     if links:
         del body["parameters"]["return_type"]

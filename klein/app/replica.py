@@ -102,8 +102,10 @@ class Replica:
 
     async def _draw(self, order: Order, context: RequestContext) -> Drawn:
         result = await self._generator.draw(order.resolved, context)
-        files = await asyncio.to_thread(response.encode, result, order.resolved.delivery)
-        return Drawn(replace(result, images=()), tuple(files))
+        files = await asyncio.to_thread(
+            response.encode, result, order.resolved.delivery, self._generator.marks
+        )
+        return Drawn(replace(result, images=(), inputs=None), tuple(files))
 
 
 def _context(order: Order, news: "asyncio.Queue[Progress | Preview | None]") -> RequestContext:

@@ -69,7 +69,8 @@ class Worker:
             raise InvalidRequest("input: send an object such as {'prompt': 'a portrait'}")
         wants_previews = _wants_previews(data)
         request = parse({name: value for name, value in data.items() if name != "progress"})
-        async with _ProgressFeed(lambda update: self._send(runpod_job, update)) as feed:
+        xmp = self._generator.marks.xmp(request)
+        async with _ProgressFeed(lambda update: self._send(runpod_job, update), xmp) as feed:
             previews = PreviewRequest(feed.show, every=PREVIEW_EVERY) if wants_previews else None
             context = self._generator.context(request_id, feed.push, previews)
             generated = await self._generator.run(request, context)
@@ -78,6 +79,7 @@ class Worker:
                 response.to_json_within,
                 generated.result,
                 generated.delivery,
+                generated.marks,
                 self._generator.bucket,
                 self._generator.settings.max_response_mb * 1e6,
             )
@@ -95,8 +97,9 @@ def _wants_previews(data: dict[str, Any]) -> bool:
 class _ProgressFeed:
     """Posts the newest progress about once a second; leaving it waits for the post in flight."""
 
-    def __init__(self, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
+    def __init__(self, send: Callable[[dict[str, Any]], Awaitable[None]], xmp: bytes) -> None:
         self._send = send
+        self._xmp = xmp
         self._newest: Progress | None = None
         self._preview: Preview | None = None
         self._news = asyncio.Event()
@@ -145,7 +148,9 @@ class _ProgressFeed:
         }
         preview, self._preview = self._preview, None
         if preview is not None:
-            update["preview"] = await asyncio.to_thread(images.preview_uri, preview.picture)
+            update["preview"] = await asyncio.to_thread(
+                images.preview_uri, preview.picture, self._xmp
+            )
         try:
             await asyncio.wait_for(self._send(update), POST_SECONDS)
         except Exception as error:  # progress is a courtesy: a job must not fail for it

@@ -132,7 +132,7 @@ def test_a_job_comes_back_as_if_it_were_drawn_here() -> None:
         got = await generator.run(asked, generator.context("r1"))
         alone = fakes.generator(fakes.FakePipeline())
         wanted = await alone.run(asked, alone.context("r1"))
-        (ours,), (theirs,) = (encode(g.result, g.delivery) for g in (got, wanted))
+        (ours,), (theirs,) = (encode(g.result, g.delivery, g.marks) for g in (got, wanted))
         assert ours == theirs
         assert "a portrait" in read_text(ours.data)
         assert got.result.loras == wanted.result.loras

@@ -25,7 +25,7 @@ def run(
 ) -> None:
     """A scenario on a registry of a fake pipeline, all of it stopped at the end."""
     pipeline = fakes.FakePipeline()
-    generator = fakes.generator(pipeline, library=None, **settings)
+    generator = fakes.generator(pipeline, **settings)
 
     async def whole() -> None:
         registry = JobRegistry(generator)

@@ -74,7 +74,7 @@ def test_counts_kept_elsewhere_are_brought_up_to_date(
 ) -> None:
     """Those of the pipeline and the store by what came since; streams while they are open."""
     pipeline, library = fakes.FakePipeline(), fakes.FakeLibrary()
-    generator = fakes.generator(pipeline, library=library)
+    generator = fakes.generator(pipeline, library)
     store, stats = StoreStats(hits=2, fetches=1, bytes=70), PipelineStats("", 0, 1, 5, 10, 40)
     library.store_stats = lambda: store  # type: ignore[method-assign]
     pipeline.stats = lambda: stats  # type: ignore[method-assign]

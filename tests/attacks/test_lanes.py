@@ -13,6 +13,7 @@ from klein.app.generator import Generated, Generator
 from klein.app.lanes import Lane
 from klein.errors import DeliveryFailed, KleinError, LoraUnavailable
 from klein.output.delivery import Bucket
+from klein.output.marks import Marks
 from klein.output.response import to_json
 from klein.settings import Secret
 from tests.support import fakes, servers
@@ -27,7 +28,7 @@ def generator() -> Iterator[Generator]:
 
 def _generated(return_type: str) -> Generated:
     delivery = replace(fakes.delivery(), return_type=return_type)
-    return Generated(fakes.result(fakes.params()), delivery)
+    return Generated(fakes.result(fakes.params()), delivery, Marks())
 
 
 def test_a_bucket_that_stalls_stops_nobody_else(generator: Generator) -> None:
@@ -41,7 +42,9 @@ def test_a_bucket_that_stalls_stops_nobody_else(generator: Generator) -> None:
         generator.bucket = Bucket(f"http://{host}", "b", Secret("a"), Secret("b"), 60)
 
         def render(generated: Generated) -> str:
-            image = to_json(generated.result, generated.delivery, generator.bucket)["images"][0]
+            image = to_json(
+                generated.result, generated.delivery, generated.marks, generator.bucket
+            )["images"][0]
             return "url" if "url" in image else "base64"
 
         async def scenario() -> None:

@@ -53,7 +53,7 @@ def app(tmp_path: Path) -> FastAPI:
     loras.write(tmp_path / "a.safetensors", *loras.ai_toolkit({"single_blocks.0.linear1": (8, 8)}))
     generator = fakes.generator(
         SmallPipeline(),
-        library=LoraLibrary(tmp_path),
+        LoraLibrary(tmp_path),
         KLEIN_API_KEYS=f"anna:{KEY['x-api-key']}:uploads",
         KLEIN_LORA_UPLOADS="on",
     )

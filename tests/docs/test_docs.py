@@ -19,6 +19,7 @@ from docs import plots
 from klein.core import Delivery, GenerationParams, LoraReport
 from klein.entrypoints.cli.main import main
 from klein.errors import KleinError
+from klein.output.marks import Marks
 from klein.output.response import lora_json, model_json, timings_json, to_json
 from klein.request.resolve import resolve
 from klein.request.schema import parse
@@ -53,7 +54,9 @@ def test_plots_are_speed_mds(name: str) -> None:
 
 
 def _answer() -> dict[str, Any]:
-    return to_json(fakes.result(_params(width=64, height=64)), Delivery("png", 95, "base64"))
+    return to_json(
+        fakes.result(_params(width=64, height=64)), Delivery("png", 95, "base64"), Marks()
+    )
 
 
 def _keys(path: str, heading: str) -> set[str]:

@@ -199,9 +199,7 @@ def test_a_length_that_is_too_much_is_refused(unkeyed: TestClient, length: str) 
 def uploading(folder: Path) -> Any:
     """The app of a server whose LoRAs callers may change."""
     settings = {"KLEIN_LORA_DIR": str(folder), "KLEIN_LORA_UPLOADS": "on"}
-    return standalone(
-        fakes.generator(fakes.FakePipeline(), library=LoraLibrary(folder), **settings)
-    )
+    return standalone(fakes.generator(fakes.FakePipeline(), LoraLibrary(folder), **settings))
 
 
 def drive(

@@ -119,7 +119,7 @@ class Server:
 @contextmanager
 def serving(bucket: Bucket | None = None, **settings: str) -> Iterator[Server]:
     pipeline = SeenPipeline()
-    generator = fakes.generator(pipeline, library=None, **settings)
+    generator = fakes.generator(pipeline, **settings)
     generator.bucket = bucket
     server = Server(generator, pipeline)
     app: ASGIApp = server

@@ -65,7 +65,7 @@ def wanted(cluster: Cluster) -> Wanted:
             {"prompt": "a portrait", **QUICK, "seed": seed, "loras": [{"path": name, "scale": 1.0}]}
         )
         generated = await alone.run(asked, alone.context())
-        (image,) = response.encode(generated.result, generated.delivery)
+        (image,) = response.encode(generated.result, generated.delivery, generated.marks)
         return image.data
 
     async def draw_all() -> Wanted:

@@ -133,7 +133,7 @@ class FakeLibrary(LoraLibrary):
 
 
 def generator(
-    pipeline: FakePipeline, *, library: LoraLibrary | None = None, **settings: str
+    pipeline: FakePipeline, library: LoraLibrary | None = None, /, **settings: str
 ) -> Generator:
     """A generator on a fake pipeline, loaded."""
     chosen = Settings.from_env(settings)

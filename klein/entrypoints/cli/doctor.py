@@ -4,6 +4,7 @@ import os
 import sys
 from importlib import metadata
 
+from klein.app.filter import Filter
 from klein.app.webhooks import Webhooks
 from klein.entrypoints.cli.exit_codes import OK
 from klein.entrypoints.http.auth import read_keys
@@ -12,6 +13,7 @@ from klein.models.catalog import GB, MODELS
 from klein.models.machine import Kind, Machine
 from klein.models.plan import place, plan
 from klein.output.delivery import Bucket
+from klein.output.marks import Marks
 from klein.settings import Settings
 
 
@@ -29,6 +31,8 @@ def report(settings: Settings, machine: Machine) -> list[str]:
         *_software(machine),
         "",
         *_models(settings, machine),
+        "",
+        *_images(settings),
         "",
         *_verdict(settings, machine),
     ]
@@ -93,12 +97,26 @@ def _models(settings: Settings, machine: Machine) -> list[str]:
     return lines
 
 
+def _images(settings: Settings) -> list[str]:
+    """Which marks and filter the settings ask for."""
+    signed = settings.c2pa_cert or settings.c2pa_key
+    return [
+        "Images",
+        f"  AI mark   {'on' if settings.ai_mark else 'off (KLEIN_AI_MARK)'}",
+        f"  C2PA      {f'signed with {signed}' if signed else 'off (KLEIN_C2PA_CERT and _KEY)'}",
+        f"  metadata  {settings.metadata}",
+        f"  filter    {settings.filter or 'none (KLEIN_FILTER)'}",
+    ]
+
+
 def _verdict(settings: Settings, machine: Machine) -> list[str]:
     try:
         planned = plan(settings, machine)
         Bucket.from_settings(settings)
         Webhooks.from_settings(settings)
         read_keys(settings)
+        Marks.from_settings(settings)
+        Filter.from_settings(settings)
     except KleinError as error:
         return [f"MODEL_ID={settings.model_id} cannot start: {error}"]
     speed = f"{planned.acceleration.tier.name} tier"

@@ -230,7 +230,7 @@ def _run(generator: Generator, request: GenerateRequest) -> Generated:
 
 
 def _write(generated: Generated, output: Path) -> None:
-    encoded = response.encode(generated.result, generated.delivery)
+    encoded = response.encode(generated.result, generated.delivery, generated.marks)
     for image in encoded:
         name = output
         if len(encoded) > 1:

@@ -67,6 +67,8 @@ async def capabilities(request: Request) -> dict[str, Any]:
             "loras": MAX_LORAS,
         },
         "lora_uploads": generator.settings.lora_uploads if generator else None,
+        "marks": generator.marks.as_dict() if generator else None,
+        "filter": generator.filter.as_dict() if generator and generator.filter else None,
         "jobs": _jobs(generator) if generator else None,
         "request": GenerateRequest.model_json_schema(),
         "queue": asdict(generator.engine.stats()) if generator else None,

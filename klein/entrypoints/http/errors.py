@@ -19,7 +19,7 @@ RETRY_SECONDS = 5.0
 """After which a caller may try again, where nothing better is known."""
 OPENAI_PATHS = "/v1/"
 """Routes that speak OpenAI's words, whose client repeats what fails unless it is told not to."""
-COSTLY = (ErrorCode.DEADLINE_EXCEEDED,)
+COSTLY = (ErrorCode.DEADLINE_EXCEEDED, ErrorCode.FILTER_FAILED)
 """What may succeed later, and would cost as much again if it did not."""
 
 
@@ -40,7 +40,7 @@ def http_status(code: ErrorCode) -> int:
             return 404
         case ErrorCode.CONFLICT:
             return 409
-        case ErrorCode.LORA_FAILED:
+        case ErrorCode.LORA_FAILED | ErrorCode.REFUSED_BY_FILTER:
             return 422
         case ErrorCode.QUEUE_FULL:
             return 429
@@ -50,7 +50,7 @@ def http_status(code: ErrorCode) -> int:
             return 500
         case ErrorCode.DELIVERY_FAILED | ErrorCode.DELIVERY_REFUSED | ErrorCode.IMAGE_UNAVAILABLE:
             return 502
-        case ErrorCode.LORA_UNAVAILABLE:
+        case ErrorCode.LORA_UNAVAILABLE | ErrorCode.FILTER_FAILED:
             return 503
         case ErrorCode.NOT_READY | ErrorCode.MODEL_UNAVAILABLE | ErrorCode.OUT_OF_MEMORY:
             return 503

@@ -55,7 +55,7 @@ async def answer_with_image(
     """The image itself, or an error."""
 
     def render(generated: Generated) -> Response:
-        (image,) = response.encode(generated.result, generated.delivery)
+        (image,) = response.encode(generated.result, generated.delivery, generated.marks)
         return Response(image.data, media_type=image.mime_type, headers=result_headers(generated))
 
     for field, only, instead in (("num_images", 1, "several"), ("return_type", "base64", "links")):
@@ -71,7 +71,9 @@ async def answer_with_json(
     """The JSON of a result, or an error."""
 
     def render(generated: Generated) -> Response:
-        body = response.to_json(generated.result, generated.delivery, generator.bucket)
+        body = response.to_json(
+            generated.result, generated.delivery, generated.marks, generator.bucket
+        )
         return JSONResponse(body, headers=result_headers(generated))
 
     return await _answer(generator, asked, request, render)

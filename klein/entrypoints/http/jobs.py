@@ -52,7 +52,9 @@ class JobRequest(BaseModel):
     webhook_events_filter: tuple[WebhookEvent, ...] = Field(
         WEBHOOK_EVENTS, max_length=2, description="of what it is told"
     )
-    previews: bool = Field(True, description="whether small images are sent while it is drawn")
+    previews: bool = Field(
+        True, description="whether small images are sent while it is drawn; none with a filter"
+    )
 
 
 class JobAnswer(BaseModel):
