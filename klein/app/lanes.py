@@ -4,18 +4,20 @@ another's network or disk."""
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from klein.errors import DeadlineExceeded, DeliveryFailed, KleinError, LoraUnavailable
 
 T = TypeVar("T")
+Late = Callable[[], KleinError]
 
 
 class Lane:
-    """`threads` threads for one kind of work, which `late` says of when it takes longer than
+    """`threads` threads for one kind of work; `late` makes the error of what takes longer than
     `seconds`, waiting for a thread included."""
 
-    def __init__(self, name: str, threads: int, seconds: float, late: KleinError) -> None:
+    def __init__(self, name: str, threads: int, seconds: float, late: Late) -> None:
         self._threads = ThreadPoolExecutor(threads, f"klein-{name}")
         self._seconds = seconds
         self._late = late
@@ -27,7 +29,7 @@ class Lane:
         await asyncio.wait({future}, timeout=self._seconds if seconds is None else seconds)
         if not future.done():
             future.cancel()
-            raise type(self._late)(str(self._late))
+            raise self._late()
         return await future
 
     def stop(self) -> None:
@@ -43,19 +45,21 @@ class Lanes:
             "encode",
             4,
             60,
-            DeadlineExceeded("the image is drawn, and encoding it took too long: try again"),
+            partial(
+                DeadlineExceeded, "the image is drawn, and encoding it took too long: try again"
+            ),
         )
         self.delivery = Lane(
             "deliver",
             8,
             90,
-            DeliveryFailed("the bucket took too long: try again, or ask for base64"),
+            partial(DeliveryFailed, "the bucket took too long: try again, or ask for base64"),
         )
         self.files = Lane(
             "files",
             4,
             60,
-            LoraUnavailable("the LoRAs are still being read: ask again in a minute"),
+            partial(LoraUnavailable, "the LoRAs are still being read: ask again in a minute"),
         )
 
     def stop(self) -> None:

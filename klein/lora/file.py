@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -154,7 +155,7 @@ class LoraFile:
                 after = Identity.of(os.fstat(file.fileno()))
                 if not (self.settled and self.identity == before == after):
                     head = os.pread(file.fileno(), entries[0].begin, 0)
-                    self._prove((head, *raw(loaded)))
+                    self._prove(chain((head,), raw(loaded)))
             return loaded
         except OSError as error:
             raise LoraUnavailable(

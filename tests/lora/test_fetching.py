@@ -175,6 +175,7 @@ def test_civitai_versions(tmp_path: Path) -> None:
         assert library.find(LoraSpec("civitai:77")).rank == 4
         with pytest.raises(LoraError, match="status 404"):
             library.find(LoraSpec("civitai:78"))
+    assert library.find(LoraSpec("civitai:77")).rank == 4  # nobody is asked for what is here
 
 
 def test_the_least_recently_used_is_thrown_away(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The tensors of LoRA files: read onto a device, proved, and kept for their next use."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 
 import torch
@@ -35,8 +35,8 @@ def read(file: LoraFile, device: torch.device) -> Factors:
         reader.mover(device)(reader.chunks_of(fd, file.path, placed))
         return tensors
 
-    def raw(tensors: Factors) -> list[memoryview]:
-        return [t.cpu().reshape(-1).view(torch.uint8).numpy().data for t in tensors.values()]
+    def raw(tensors: Factors) -> Iterator[memoryview]:
+        return (t.cpu().reshape(-1).view(torch.uint8).numpy().data for t in tensors.values())
 
     with torch.inference_mode(mode=False):  # the threads that fill them are outside of it
         return file.load(load, raw)
@@ -57,26 +57,24 @@ def free_bytes(device: torch.device) -> int:
 
 
 class FactorCache:
-    """The factors of the LoRAs used last, on one device."""
+    """The factors of the LoRAs used last; `free` gives the bytes to be had on a device."""
 
-    def __init__(
-        self, device: torch.device, free: Callable[[torch.device], float] = free_bytes
-    ) -> None:
-        self._device = device
+    def __init__(self, free: Callable[[torch.device], float]) -> None:
         self._free = free
         self._kept: OrderedDict[str, Factors] = OrderedDict()
 
-    def get(self, file: LoraFile, in_use: Container[str]) -> Factors:
-        """The factors of `file`, read unless they are here. Those of other files than `in_use`, by
-        sha256, make room for them.
+    def get(self, file: LoraFile, device: torch.device, in_use: Container[str]) -> Factors:
+        """The factors of `file`, read onto `device` unless they are here. Those of other files than
+        `in_use`, by sha256, make room for them.
 
         Raises LoraError for a file that does not fit, and LoraUnavailable as `read` does.
         """
         if file.sha256 not in self._kept:
-            self._make_room(file, in_use)
-            self._kept[file.sha256] = read(file, self._device)
+            self._make_room(file, device, in_use)
+            self._kept[file.sha256] = read(file, device)
         self._kept.move_to_end(file.sha256)
-        self._trim(KEPT_BYTES)
+        while len(self._kept) > 1 and self.nbytes() > KEPT_BYTES:
+            self._kept.popitem(last=False)
         return self._kept[file.sha256]
 
     def nbytes(self) -> int:
@@ -87,17 +85,12 @@ class FactorCache:
         """Let go of everything."""
         self._kept.clear()
 
-    def _trim(self, most: int) -> None:
-        while len(self._kept) > 1 and self.nbytes() > most:
-            self._kept.popitem(last=False)
-
-    def _make_room(self, file: LoraFile, in_use: Container[str]) -> None:
+    def _make_room(self, file: LoraFile, device: torch.device, in_use: Container[str]) -> None:
         need = file.identity.size
         for sha256 in list(self._kept):
-            if need > self._free(self._device) and sha256 not in in_use:
+            if need > self._free(device) and sha256 not in in_use:
                 del self._kept[sha256]
-        free = self._free(self._device)
-        if need > free:
+        if need > (free := self._free(device)):
             raise LoraError(
                 f"LoRA {file.name!r} needs {need / GB:.1f} GB of memory beside the weights and the "
                 f"LoRAs before it, and {max(0, free) / GB:.1f} GB are free: use fewer LoRAs at "

@@ -122,7 +122,7 @@ class LoraMerger:
         }
         """float8 values and scales as loaded, of the layers that have nothing else."""
         self._norms: dict[str, Tensor] = {}
-        self._factors = FactorCache(acts_on(next(iter(self._layers.values()))), free)
+        self._factors = FactorCache(free)
         self._changed: set[str] = set()
         self._active: tuple[tuple[str, float], ...] | None = ()
         self._reports: list[LoraReport] = []
@@ -193,10 +193,11 @@ class LoraMerger:
         adapters: dict[int, _Adapter] = {}
         errors: dict[int, LoraError] = {}
         in_use = {one.file.sha256 for one in requests if isinstance(one.file, LoraFile)}
+        device = acts_on(next(iter(self._layers.values())))
         for number, one in enumerate(requests):
             try:
                 file = self.check(one.file)
-                tensors = self._factors.get(file, in_use)
+                tensors = self._factors.get(file, device, in_use)
                 factors.require_no_biases(file, tensors)
                 adapters[number] = _Adapter(file, one.scale, tensors)
             except Exception as error:
@@ -247,10 +248,10 @@ class LoraMerger:
         if len(shares) == 1 and _is_plain(shares[0], target):
             changes = [_put(shares[0], original, target)]
         else:
-            whole = total = original.float()
-            changes = []
+            total, changes = original, []
             for share in shares:
                 with _blaming(share.request):
+                    whole = original.float()
                     change = share.scale * delta(share.patch, share.parts, whole, share.rows)
                     total = total + change
                     changes.append(change.norm())
