@@ -256,7 +256,7 @@ def test_capabilities_say_what_is_in_force(plain: Server, private: Server) -> No
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """klein on the fake pipeline, with settings."""
     monkeypatch.setattr(build, "loader", lambda *_: fakes.FakePipeline)
-    monkeypatch.setattr(build, "library", lambda _: fakes.FakeLibrary())
+    monkeypatch.setattr(build, "library", lambda *_: fakes.FakeLibrary())
 
     def run(*argv: Any, **settings: str) -> int:
         for name, value in settings.items():

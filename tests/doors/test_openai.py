@@ -190,6 +190,8 @@ def test_a_generation_has_openais_keys_and_kleins(server: Server, client: Any) -
         "warnings",
         "timings",
         "transformer_forwards",
+        "marks",
+        "filter",
         "model",
     }
     assert told["warnings"] == []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import previews, tiers
+from benchmarks import cards, previews, tiers
 from klein.inference.pipeline import KleinPipeline
 from klein.models.catalog import MODELS
 from tests.support import live
@@ -57,25 +57,10 @@ def test_the_work_of_a_forward_is_counted() -> None:
         assert work == pytest.approx(expected, rel=0.01)
 
 
-def test_cards_from_each_kind_of_weights(tmp_path: Path) -> None:
-    """On the CPU with nano's geometry: made, packed, started from all three and drawn with."""
-    argv = ["-m", "benchmarks.cards", "--folder", str(tmp_path), "--geometry", "nano"]
-    done = subprocess.run(
-        [sys.executable, *argv, "--steps", "1"],
-        cwd=live.ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| all")]
-    assert [row[1] for row in rows] == [
-        "folder, cold",
-        "folder",
-        "float8 file, cold",
-        "float8 file",
-        "packed, cold",
-        "packed",
-        "folder",
-    ]
-    assert {row[3] for row in rows} == {"eager, none", "fast, none"}
-    assert all(float(number) > 0 for row in rows for number in row[4:7])
+def test_cards_from_a_float8_file(tmp_path: Path) -> None:
+    """On the CPU with nano's geometry: made, packed, started in a process and drawn with."""
+    args = argparse.Namespace(folder=tmp_path, geometry="nano", steps=1)
+    cards.prepare(args, "cpu")
+    row = cards.spawn(args, cards.Case("float8 file", "fast"), held=0, left=120)
+    assert row["decided"] == "fast, none", row
+    assert all(row[name] > 0 for name in ("start", "256x256", "turbo"))

@@ -5,8 +5,9 @@ from importlib.resources import files
 from pathlib import PurePosixPath
 
 from fastapi import APIRouter, Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import RedirectResponse, Response
 
+from klein.entrypoints.http.errors import described
 from klein.errors import NotFound
 
 router = APIRouter(tags=["page"])
@@ -53,7 +54,13 @@ FILES = _read()
 ETAGS = {name: f'"{hashlib.sha256(data).hexdigest()[:16]}"' for name, data in FILES.items()}
 
 
-@router.get("/ui", summary="A page to draw, edit and compare on", response_class=HTMLResponse)
+@router.get(
+    "/ui",
+    summary="A page to draw, edit and compare on",
+    response_class=Response,
+    responses={200: {"content": {"text/html": {}}}}
+    | {status: described()[status] for status in (413, 503)},
+)
 async def page(request: Request) -> Response:
     """The page that draws, edits and compares without a line of code.
 
