@@ -5,13 +5,16 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-FOLDER = Path(__file__).parent / "images"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs/images"
 WOMAN = "a smiling woman with red hair, green eyes and a blue hat, on a yellow background"
 TIERS = ("exact", "fast", "turbo")
 
@@ -26,7 +29,27 @@ COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("zibbo + pixelkin", ("zibbo.safetensors:1.0", "pixelkin.safetensors:1.0")),
 )
 
+EDITS: dict[str, tuple[tuple[str, str], ...]] = {
+    "editing.png": (
+        ("woman.png", "drawn from words"),
+        ("sunglasses.png", "an edit of it"),
+        ("alien.png", "of that one, with a LoRA"),
+        ("hat.png", "repainted through a mask"),
+    ),
+    "references.png": (
+        ("woman.png", "image 1"),
+        ("man.png", "image 2"),
+        ("clothes.png", "both"),
+        ("pencil.png", "image 1 and a LoRA"),
+    ),
+}
+"""Strips of what the commands of docs/editing.md write: each file and the line above it."""
+MASK = (18, -30, 238, 112)
+"""The ellipse around the hat: left, top, right, bottom."""
+
 SIDE, GAP, HEAD, FOOT, RADIUS = 256, 10, 40, 50, 14
+LETTERS = 36
+"""In a line of a prompt below a picture."""
 CARD, TITLE, NOTE = "#161b22", "#f0f6fc", "#7ee2a8"
 
 
@@ -99,11 +122,52 @@ def sheet(name: str, columns: list[list[Drawn]]) -> None:
             whole.paste(part.image, (left, HEAD + row * (SIDE + GAP)))
         foot = (middle, HEAD + rows * (SIDE + GAP) + (FOOT - GAP) / 2)
         pen.multiline_text(foot, proof(drawn[0].reports), NOTE, note, anchor="mm", align="center")
+    whole.quantize(256, Image.Quantize.FASTOCTREE).save(FOLDER / name, optimize=True)
+
+
+def run_page(page: Path, folder: Path) -> None:
+    """Run the `bash` blocks of a page in a folder."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    script = "\n".join(blocks).replace(".venv/bin/python", sys.executable)
+    (folder / "docs").symlink_to(ROOT / "docs")
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(["/bin/bash", "-euc", script], cwd=folder, check=True, env=env)
+
+
+def edits(name: str, folder: Path) -> None:
+    """A strip: the line above each picture, and below it the prompt that is in its file."""
+    size = (len(EDITS[name]) * (SIDE + GAP) + GAP, HEAD + SIDE + GAP + FOOT)
+    whole = Image.new("RGBA", size)
+    pen = ImageDraw.Draw(whole)
+    pen.rounded_rectangle((0, 0, size[0] - 1, size[1] - 1), RADIUS, CARD)
+    title, note = ImageFont.load_default(19), ImageFont.load_default(14)
+    for number, (file, text) in enumerate(EDITS[name]):
+        image = Image.open(folder / file)
+        prompt = image.text["parameters"].split("\nNegative prompt")[0]  # type: ignore[attr-defined]
+        left = GAP + number * (SIDE + GAP)
+        middle = left + SIDE / 2
+        pen.text((middle, HEAD / 2), text, TITLE, title, anchor="mm")
+        whole.paste(image.convert("RGB"), (left, HEAD))
+        lines = textwrap.fill(prompt, LETTERS)
+        foot = (middle, HEAD + SIDE + FOOT / 2 + GAP / 2)
+        pen.multiline_text(foot, lines, NOTE, note, anchor="mm", align="center", spacing=2)
     whole.save(FOLDER / name, optimize=True)
+
+
+def mask() -> None:
+    """The mask that docs/editing.md repaints through."""
+    image = Image.new("L", (SIDE, SIDE))
+    ImageDraw.Draw(image).ellipse(MASK, fill=255)
+    image.save(FOLDER / "mask.png", optimize=True)
 
 
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
+    mask()
+    with tempfile.TemporaryDirectory() as folder:
+        run_page(ROOT / "docs/editing.md", Path(folder))
+        for name in EDITS:
+            edits(name, Path(folder))
     sheet(
         "loras.png",
         [[draw_with(prompt, seed, loras) for prompt, seed in ZIBBO] for _, loras in COLUMNS],

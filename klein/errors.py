@@ -21,7 +21,8 @@ KleinError
 ├── RefusedByFilter      the operator's filter lets a request or its images not through
 ├── FilterFailed         the operator's filter raised, or gave no answer in time
 ├── OutputTooLarge       the result is larger than the platform carries
-├── DeliveryFailed       the bucket did not take the picture
+├── DeliveryFailed       the bucket did not take the picture; it may, later
+│   └── DeliveryRefused  the bucket says no to its name, its keys or the picture
 └── InternalError        a fault of klein itself
 """
 
@@ -57,6 +58,7 @@ class ErrorCode(StrEnum):
     FILTER_FAILED = "filter_failed"
     OUTPUT_TOO_LARGE = "output_too_large"
     DELIVERY_FAILED = "delivery_failed"
+    DELIVERY_REFUSED = "delivery_refused"
     INTERNAL = "internal"
 
 
@@ -172,6 +174,11 @@ class OutputTooLarge(KleinError):
 class DeliveryFailed(KleinError):
     code = ErrorCode.DELIVERY_FAILED
     retryable = True
+
+
+class DeliveryRefused(DeliveryFailed):
+    code = ErrorCode.DELIVERY_REFUSED
+    retryable = False
 
 
 class InternalError(KleinError):

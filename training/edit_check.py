@@ -5,6 +5,8 @@ once for each value that an attribute can have and takes the value whose drawing
 picture, in the pixels in which these drawings differ.
 """
 
+from collections.abc import Iterable
+
 import torch
 from diffusers import Flux2KleinPipeline
 from PIL import Image
@@ -105,19 +107,24 @@ def nearest(images: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
 
 
 def seen_values(
-    images: torch.Tensor, targets: Batch, seed: int, device: torch.device | str
+    images: torch.Tensor,
+    targets: Batch,
+    seed: int,
+    device: torch.device | str,
+    names: Iterable[str] = tuple(ATTRIBUTES),
 ) -> Batch:
-    """The value of every attribute that pictures (N, 3, 256, 256) show, as a batch.
+    """The values of attributes that pictures (N, 3, 256, 256) show, as a batch.
 
     Args:
         images: results that have the place and tilt of `draw(..., seed)`.
         targets: what the pictures should show.
         seed: of the references.
         device: where to draw.
+        names: of the attributes to look at.
     """
     small = F.interpolate(images, (JUDGED, JUDGED), mode="area").to(device)
     seen = {}
-    for name, values in ATTRIBUTES.items():
+    for name in names:
         candidates = [
             draw(
                 targets | {name: torch.full_like(targets[name], index)},
@@ -126,7 +133,7 @@ def seen_values(
                 JUDGED,
                 device,
             )
-            for index in range(len(values))
+            for index in range(len(ATTRIBUTES[name]))
         ]
         stack = torch.stack(candidates)
         stack = torch.lerp(stack[:1], stack, FADED.get(name, 1.0))

@@ -98,11 +98,11 @@ def _numbers(result: GenerationResult, image: GeneratedImage) -> dict[str, Any]:
     return {
         "Steps": params.num_inference_steps,
         "Sampler": SAMPLERS[params.sampler].label,
-        "Schedule type": params.schedule,
+        "Schedule type": "sigmas" if isinstance(params.schedule, tuple) else params.schedule,
         "CFG scale": params.guidance_scale,
         "Seed": image.seed,
         "Size": f"{image.image.width}x{image.image.height}",
-        "Model": result.model.spec.name,
+        "Model": result.model.label,
         "Speed": result.model.speed,
     }
 

@@ -62,16 +62,23 @@ def encode(result: GenerationResult, delivery: Delivery, marks: Marks) -> list[E
 def _encode(
     result: GenerationResult, image: GeneratedImage, delivery: Delivery, marks: Marks
 ) -> EncodedImage:
+    fmt = FORMATS[delivery.output_format]
+    return EncodedImage(
+        image.seed,
+        image.file or _file(result, image, delivery, marks),
+        fmt.mime_type,
+        *image.image.size,
+        image.unchanged_pixels if fmt.is_exact(delivery.output_quality) else None,
+    )
+
+
+def _file(
+    result: GenerationResult, image: GeneratedImage, delivery: Delivery, marks: Marks
+) -> bytes:
     fmt, quality = FORMATS[delivery.output_format], delivery.output_quality
     text = TEXTS[marks.metadata](result, image, delivery)
     data = images.encode(image.image, fmt, quality, text, marks.xmp(result.params))
-    return EncodedImage(
-        image.seed,
-        marks.sign(data, fmt.mime_type, result),
-        fmt.mime_type,
-        *image.image.size,
-        image.unchanged_pixels if fmt.is_exact(quality) else None,
-    )
+    return marks.sign(data, fmt.mime_type, result)
 
 
 def to_json(
@@ -142,6 +149,7 @@ def model_json(model: ModelInfo) -> dict[str, Any]:
         "id": model.id,
         "name": model.spec.name,
         "revision": model.revision,
+        "transformer": model.transformer,
         "license": model.spec.license,
         "device": model.device,
         "dtype": model.dtype,

@@ -124,6 +124,13 @@ def test_files_modules_and_targets_exist(page: Path) -> None:
     assert set(re.findall(r"(?:`|^|\$ )make ([a-z-]+)", text, re.MULTILINE)) <= targets
 
 
+def test_tests_that_pages_name_exist() -> None:
+    """A promise is held by a test that is there."""
+    for page in PAGES:
+        for path, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text()):
+            assert f"def {name}(" in (docs.ROOT / path).read_text(), name
+
+
 def test_the_nouns_of_the_architecture_are_classes() -> None:
     """Every CamelCase name in backticks in its table is defined in klein."""
     text = (docs.ROOT / "docs/architecture.md").read_text()
@@ -264,3 +271,9 @@ def test_every_page_is_reached_from_readme() -> None:
             (page.parent / path).resolve() for path, _ in docs.links(page) if path.endswith(".md")
         ]
     assert set(PAGES) <= seen
+
+
+def test_images_stay_small() -> None:
+    """Everybody who clones klein gets every version of them."""
+    large = {path.name: path.stat().st_size for path in (docs.ROOT / "docs/images").iterdir()}
+    assert {name: size for name, size in large.items() if size > 250_000} == {}

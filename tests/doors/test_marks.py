@@ -67,7 +67,7 @@ class Refused(Exception):
 @contextmanager
 def serving(**settings: str) -> Iterator[Server]:
     pipeline = PacedPipeline()
-    generator = fakes.generator(pipeline, library=None, **settings)
+    generator = fakes.generator(pipeline, **settings)
     with (
         asgi.serve(standalone(generator)) as url,
         httpx.Client(base_url=url, timeout=20) as client,
@@ -189,9 +189,9 @@ def _asked(prompt: str = "my secret", **values: Any) -> dict[str, Any]:
 def test_every_door_marks(plain: Server, name: str) -> None:
     """The finished image and those on the way, by what was asked."""
     reference = pictures.text(pictures.noise(64, 64))
-    edit = {"images": [reference]}
-    for asked, source in ((_asked(), DRAWN), (_asked() | edit, EDITED)):
-        drawn = HTTP[name](plain, asked)
+    edit: dict[str, Any] = {"images": [reference]}
+    for values, source in (({}, DRAWN), (edit, EDITED)):
+        drawn = HTTP[name](plain, _asked(**values))
         assert bool(drawn.previews) is (name in PREVIEWING)
         assert {marks.source_type(each) for each in drawn.files + drawn.previews} == {source}
         assert "my secret" in read_text(drawn.files[0])
@@ -256,7 +256,7 @@ def test_capabilities_say_what_is_in_force(plain: Server, private: Server) -> No
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """klein on the fake pipeline, with settings."""
     monkeypatch.setattr(build, "loader", lambda *_: fakes.FakePipeline)
-    monkeypatch.setattr(build, "library", lambda _: fakes.FakeLibrary())
+    monkeypatch.setattr(build, "library", lambda *_: fakes.FakeLibrary())
 
     def run(*argv: Any, **settings: str) -> int:
         for name, value in settings.items():

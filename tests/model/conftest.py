@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,6 +68,12 @@ def drawer(pipe: KleinPipeline) -> Draw:
         return pipe.generate(job or make_job(pipe, **values))
 
     return draw
+
+
+def pictures_of(result: GenerationResult) -> torch.Tensor:
+    """Its pictures (N, 3, H, W) in 0..1."""
+    stacked = np.stack([np.asarray(one.image) for one in result.images])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
 
 
 def make_job(pipe: KleinPipeline, context: RequestContext | None = None, **values: Any) -> Job:

@@ -1,13 +1,11 @@
 """What nano draws: the tests look at the pictures, by the colours in their regions."""
 
-import numpy as np
 import pytest
-import torch
 
 from klein.core import GenerationResult
 from klein.inference.pipeline import KleinPipeline
 from klein.models.identify import NANO_FOLDER
-from tests.model.conftest import Draw, drawer, load
+from tests.model.conftest import Draw, drawer, load, pictures_of
 from training.attributes import PALETTES
 from training.check import blockiness, is_character, judge
 
@@ -27,15 +25,9 @@ def draw_nano(nano: KleinPipeline) -> Draw:
     return lambda **values: plain(**{"num_inference_steps": 15, **values})
 
 
-def _tensor(result: GenerationResult) -> torch.Tensor:
-    """Pictures (N, 3, H, W) in 0..1."""
-    stacked = np.stack([np.asarray(one.image) for one in result.images])
-    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
-
-
 def _colours(result: GenerationResult, name: str) -> list[str]:
     names = list(PALETTES[name])
-    return [names[index] for index in judge(_tensor(result), name)]
+    return [names[index] for index in judge(pictures_of(result), name)]
 
 
 def test_prompts_are_followed(draw_nano: Draw) -> None:
@@ -61,8 +53,8 @@ def test_the_character_lora_brings_its_character(draw_nano: Draw) -> None:
     off = draw_nano(prompt=prompt, seed=3, loras=[{"path": ZIBBO, "scale": 0}])
     on = draw_nano(prompt=prompt, seed=3, loras=[{"path": ZIBBO}], lora_error="fail")
     assert off.images[0].image.tobytes() == bare.images[0].image.tobytes()
-    assert not is_character(_tensor(bare))[0]
-    assert is_character(_tensor(on))[0]
+    assert not is_character(pictures_of(bare))[0]
+    assert is_character(pictures_of(on))[0]
     assert _colours(on, "hat_color") == ["red"]
     assert _colours(on, "background") == ["blue"]
     assert on.loras[0].trigger_words == ("zibbo",)
@@ -75,7 +67,7 @@ def test_two_loras_combine(draw_nano: Draw) -> None:
     both = draw_nano(
         prompt=prompt, seed=seed, loras=[{"path": ZIBBO}, {"path": PIXELKIN, "scale": 0.7}]
     )
-    assert blockiness(_tensor(both))[0] > 1.5 * blockiness(_tensor(character))[0]
+    assert blockiness(pictures_of(both))[0] > 1.5 * blockiness(pictures_of(character))[0]
     assert all(report.applied for report in both.loras)
 
 
@@ -83,7 +75,7 @@ def test_a_trigger_word_can_be_put_in_by_itself(draw_nano: Draw) -> None:
     """`trigger: auto` makes the character appear although the prompt forgot its name."""
     result = draw_nano(prompt="a portrait", seed=3, loras=[{"path": ZIBBO, "trigger": "auto"}])
     assert result.params.prompt == "zibbo, a portrait"
-    assert is_character(_tensor(result))[0]
+    assert is_character(pictures_of(result))[0]
 
 
 def test_a_negative_prompt_acts(draw_nano: Draw) -> None:
@@ -97,9 +89,9 @@ def test_a_negative_prompt_acts(draw_nano: Draw) -> None:
 
 def test_guidance_and_schedules_are_visible(draw_nano: Draw) -> None:
     """Guidance 1 against 4, bfl against ai_toolkit: more than rounding, all of them pictures."""
-    base = _tensor(draw_nano(prompt=WOMAN, seed=4))
+    base = pictures_of(draw_nano(prompt=WOMAN, seed=4))
     for change in ({"guidance_scale": 1.0}, {"guidance_scale": 4.0}, {"schedule": "ai_toolkit"}):
-        other = _tensor(draw_nano(prompt=WOMAN, seed=4, **change))
+        other = pictures_of(draw_nano(prompt=WOMAN, seed=4, **change))
         assert (other - base).abs().mean() > 0.01
     assert _colours(draw_nano(prompt=WOMAN, seed=4, schedule="ai_toolkit"), "hat_color") == ["blue"]
 

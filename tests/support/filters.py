@@ -56,7 +56,7 @@ def scrawl(check: Check) -> Verdict:
     return None
 
 
-IMAGES: dict[str, Callable[[Check], Verdict]] = {
+IMAGES: dict[str, Callable[[Check], Any]] = {
     "stamp": lambda check: Mark("stamped", Image.new("RGB", check.images[0].size, RED)),
     "label": lambda check: Mark("labelled"),
     "shrink": lambda check: Mark("too small", Image.new("RGB", (1, 1))),

@@ -7,6 +7,7 @@ from importlib import metadata
 from klein.app.filter import Filter
 from klein.app.webhooks import Webhooks
 from klein.entrypoints.cli.exit_codes import OK
+from klein.entrypoints.http.auth import read_keys
 from klein.errors import KleinError
 from klein.models.catalog import GB, MODELS
 from klein.models.machine import Kind, Machine
@@ -45,9 +46,21 @@ def _machine(machine: Machine) -> list[str]:
     return [
         "This machine",
         *(gpus or ["  GPU       none (no NVIDIA driver answers): only the built-in model runs"]),
+        *_users(len(machine.gpus)),
         f"  memory    {machine.memory_free / GB:.1f} GB free",
         f"  disk      {machine.disk_free / GB:.1f} GB free where models are cached",
     ]
+
+
+def _users(gpus: int) -> list[str]:
+    """What would use so many GPUs."""
+    if not gpus:
+        return []
+    every = f"klein serve --replicas {gpus} uses all {gpus}"
+    if _version("ray") is None:
+        every += ", once Ray is there: pip install 'klein[ray]'"
+    one = "bentoml serve, klein generate and the RunPod worker use one"
+    return [f"  GPUs      {gpus}: {one}" + (f"; {every}" if gpus > 1 else "")]
 
 
 def _software(machine: Machine) -> list[str]:
@@ -101,6 +114,7 @@ def _verdict(settings: Settings, machine: Machine) -> list[str]:
         planned = plan(settings, machine)
         Bucket.from_settings(settings)
         Webhooks.from_settings(settings)
+        read_keys(settings)
         Marks.from_settings(settings)
         Filter.from_settings(settings)
     except KleinError as error:
@@ -108,4 +122,5 @@ def _verdict(settings: Settings, machine: Machine) -> list[str]:
     speed = f"{planned.acceleration.tier.name} tier"
     if planned.acceleration.why:
         speed += f" ({planned.acceleration.why})"
-    return [f"MODEL_ID={settings.model_id} can start: {planned.spec.name}, {planned.why}; {speed}"]
+    verdict = f"MODEL_ID={settings.model_id} can start: {planned.spec.name}, {planned.why}; {speed}"
+    return [verdict, *(f"  {note}" for note in planned.notes)]
