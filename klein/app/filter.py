@@ -21,10 +21,8 @@ from klein.core import (
     FilterNote,
     FilterReport,
     GeneratedImage,
-    GenerationParams,
     GenerationResult,
     Job,
-    RequestContext,
 )
 from klein.errors import BadSetting, FilterFailed, RefusedByFilter
 from klein.settings import Settings
@@ -109,11 +107,10 @@ class Filter:
 
     async def check_request(self, job: Job) -> Job:
         """The job with the filter's note; raises RefusedByFilter or FilterFailed."""
-        images = tuple(image.copy() for image in _pictures(job.inputs))
-        verdict = await self._ask("request", job.params, images, job.context)
+        verdict = await self._ask("request", job, _pictures(job.inputs))
         if verdict is None:
             return job
-        note = FilterNote(verdict.reason[:MAX_REASON], isinstance(verdict, Refuse))
+        note = FilterNote(verdict.reason, isinstance(verdict, Refuse))
         if isinstance(verdict, Refuse):
             raise RefusedByFilter(_sentence(note), field=verdict.field)
         return replace(job, notes=(note,), warnings=(*job.warnings, _sentence(note)))
@@ -124,11 +121,10 @@ class Filter:
         kept: list[GeneratedImage] = []
         notes: list[FilterNote] = []
         for number, image in enumerate(result.images, 1):
-            verdict = await self._ask("image", job.params, (image.image.copy(),), job.context)
+            verdict = await self._ask("image", job, [image.image])
             if verdict is not None:
                 refused = isinstance(verdict, Refuse)
-                reason = verdict.reason[:MAX_REASON]
-                notes.append(FilterNote(reason, refused, number, image.seed))
+                notes.append(FilterNote(verdict.reason, refused, number, image.seed))
             if not isinstance(verdict, Refuse):
                 kept.append(_replaced(image, verdict))
         told = tuple(map(_sentence, notes))
@@ -142,13 +138,10 @@ class Filter:
         )
 
     async def _ask(
-        self,
-        stage: Literal["request", "image"],
-        params: GenerationParams,
-        images: tuple["Image", ...],
-        context: RequestContext,
+        self, stage: Literal["request", "image"], job: Job, images: "list[Image]"
     ) -> Verdict:
-        check = Check(stage, context.id, params.prompt, params.negative_prompt, images)
+        context, params = job.context, job.params
+        check = Check(stage, context.id, params.prompt, params.negative_prompt, tuple(images))
         answer: Future[Verdict] = Future()
         self._questions.put((answer, check))
         seconds = min(self._seconds, context.deadline - time.monotonic())
@@ -163,25 +156,19 @@ class Filter:
 
     def _work(self) -> None:
         while True:
-            answer, check = self._questions.get()
-            if not answer.set_running_or_notify_cancel():
-                continue
-            try:
-                answer.set_result(self._judge(check))
-            except FilterFailed as error:
-                answer.set_exception(error)
-            del answer, check  # its images would live until the next one
+            self._answer(*self._questions.get())
 
-    def _judge(self, check: Check) -> Verdict:
+    def _answer(self, answer: "Future[Verdict]", check: Check) -> None:
+        """Unless nobody waits any more."""
+        if not answer.set_running_or_notify_cancel():
+            return
         try:
-            verdict: Verdict = self._function(check)
-            _require_valid(verdict, check)
+            copies = tuple(image.copy() for image in check.images)
+            answer.set_result(_valid(self._function(replace(check, images=copies)), check))
         except BaseException as error:  # whatever it raises, the thread and its caller go on
             log.exception("the filter failed for %s", check.request_id)
-            raise FilterFailed(
-                f"this server's filter failed ({type(error).__name__}): see klein's log"
-            ) from None
-        return verdict
+            why = f"this server's filter failed ({type(error).__name__}): see klein's log"
+            answer.set_exception(FilterFailed(why))
 
 
 def _pictures(inputs: EditInputs) -> list["Image"]:
@@ -192,18 +179,27 @@ def _pictures(inputs: EditInputs) -> list["Image"]:
     return [each.image for each in (*start, *inputs.references)]
 
 
-def _require_valid(verdict: Any, check: Check) -> None:
-    if not isinstance(verdict, Refuse | Mark | None):
-        raise TypeError(f"{type(verdict).__name__} is neither Refuse, Mark nor None")
-    image = verdict.image if isinstance(verdict, Mark) else None
-    if image is not None and (check.stage == "request" or image.size != check.images[0].size):
-        raise ValueError("Mark.image must have the size of the finished image")
+def _valid(verdict: Any, check: Check) -> Verdict:
+    """What a filter returned, its reason cut off and its image in RGB; raises anything for what is
+    no verdict."""
+    match verdict:
+        case None:
+            return None
+        case Refuse(reason, field):
+            return Refuse(str(reason)[:MAX_REASON], field)
+        case Mark(reason, None):
+            return Mark(str(reason)[:MAX_REASON])
+        case Mark(reason, image):
+            if check.stage == "request" or image.size != check.images[0].size:
+                raise ValueError("Mark.image must have the size of the finished image")
+            return Mark(str(reason)[:MAX_REASON], image.convert("RGB"))
+    raise TypeError(f"{type(verdict).__name__} is neither Refuse, Mark nor None")
 
 
 def _replaced(image: GeneratedImage, verdict: Mark | None) -> GeneratedImage:
     if verdict is None or verdict.image is None:
         return image
-    return GeneratedImage(image.seed, verdict.image.convert("RGB"))
+    return GeneratedImage(image.seed, verdict.image)
 
 
 def _sentence(note: FilterNote) -> str:

@@ -179,7 +179,9 @@ def test_what_cannot_be_signed_does_not_leave(signed: Marks) -> None:
 def test_the_pictures_of_a_request_become_its_ingredients(tmp_path: Path) -> None:
     """From what the caller sends to what the file says, off the GPU's thread."""
     generator = fakes.generator(
-        fakes.FakePipeline(), **certificates.chain(tmp_path).settings, KLEIN_AI_MARK="off"
+        fakes.FakePipeline(),
+        library=None,
+        **certificates.chain(tmp_path).settings | {"KLEIN_AI_MARK": "off"},
     )
     sent = pictures.text(LOOK, "JPEG")
     request = fakes.request(images=[sent], init_image=sent, output_format="webp")
