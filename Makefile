@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 RUFF := $(BIN)/ruff
 # Tests that need torch (tests/conftest.py has the same names); the other folders run without it.
-HEAVY := model bundle gpu page ray
+HEAVY := model bundle gpu page monitoring ray
 LIGHT := $(filter-out $(HEAVY:%=tests/%/),$(sort $(dir $(wildcard tests/*/test_*.py))))
 # Processes that share the cores: one thread each, and none that spins while it waits.
 QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 export BENTOML_DO_NOT_TRACK := 1
 
-.PHONY: help serve test check unit coverage model-tests test-page test-ray gpu-tests lint types fix lock hooks \
+.PHONY: help serve test check unit coverage model-tests long-tests test-page test-metrics test-ray gpu-tests attack \
+	lint types fix lock hooks \
 	bench bundle docs pictures screenshots clean
 
 help:
@@ -23,9 +24,12 @@ help:
 	@echo "make check        lint and test: what CI runs"
 	@echo "make unit         only the tests that run without torch; T='-k seed' goes to pytest"
 	@echo "make model-tests  only the tests on the built-in model and of the bento"
+	@echo "make long-tests   what takes minutes: every command of the pages, starts that must fail"
 	@echo "make test-page    the page in a real Chromium (apt-get install chromium)"
+	@echo "make test-metrics the dashboard and the alert rules in a real Prometheus (apt-get install prometheus)"
 	@echo "make test-ray     klein on a real Ray on this machine's CPUs; installs Ray into the environment"
 	@echo "make gpu-tests    the tests that need an NVIDIA GPU"
+	@echo "make attack       hostile requests, fifty callers for five minutes, faults (20 minutes)"
 	@echo "make lint         ruff, mypy and the import layers"
 	@echo "make fix          let ruff repair and format what it can"
 	@echo "make lock         write requirements*.lock; UPGRADE=--upgrade renews"
@@ -55,9 +59,16 @@ coverage: $(VENV)/.test
 model-tests: $(VENV)/.test
 	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal tests/model tests/bundle $(T)
 
+long-tests: $(VENV)/.test
+	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal -m long tests/doors tests/model $(T)
+
 # needs a Chromium: apt-get install chromium
 test-page: $(VENV)/.test
 	$(QUIET) $(BIN)/python -m pytest -n 2 --dist loadfile tests/page $(T)
+
+# needs prometheus and promtool: apt-get install prometheus
+test-metrics: $(VENV)/.test
+	$(QUIET) $(BIN)/python -m pytest tests/monitoring $(T)
 
 # Ray's own imports warn; what klein's do is heard in the other tests.
 test-ray: $(VENV)/.ray
@@ -65,6 +76,12 @@ test-ray: $(VENV)/.ray
 
 gpu-tests: $(VENV)/.test
 	$(BIN)/python -m pytest tests/gpu $(T)
+
+# what docs/reliability.md promises, in its long form; root can try the faults of a disk too
+attack: $(VENV)/.test
+	EXAMPLES=300 $(BIN)/python -m pytest --timeout 0 -s tests/attacks/test_openapi.py
+	$(QUIET) $(BIN)/python -m tests.attacks.load
+	$(QUIET) $(BIN)/python -m tests.attacks.faults
 
 lint: types
 	$(RUFF) check .

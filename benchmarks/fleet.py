@@ -212,9 +212,14 @@ def simulate(fleet: Fleet, name: str, seed: int = 0) -> Figures:
         rule.put(request)
         busy += _start(fleet, rule, machines, now, ends, found, waits)
     count, seconds = sum(found.values()), now - began
-    share = {kind: found[kind] / count for kind in ("same", "gpu", "disk", "network")}
+    same, on_gpu, on_disk, fetched = (
+        found[kind] / count for kind in ("same", "gpu", "disk", "network")
+    )
     return Figures(
-        *share.values(),
+        same,
+        on_gpu,
+        on_disk,
+        fetched,
         network=found["network"] * fleet.lora_bytes / seconds / GB,
         busy=busy / seconds / fleet.gpus,
         wait_mean=float(np.mean(waits)),

@@ -19,7 +19,8 @@ KleinError
 ├── Cancelled            the caller gave the job up
 ├── OutOfMemory          the picture did not fit into memory
 ├── OutputTooLarge       the result is larger than the platform carries
-├── DeliveryFailed       the bucket did not take the picture
+├── DeliveryFailed       the bucket did not take the picture; it may, later
+│   └── DeliveryRefused  the bucket says no to its name, its keys or the picture
 └── InternalError        a fault of klein itself
 """
 
@@ -53,6 +54,7 @@ class ErrorCode(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     OUTPUT_TOO_LARGE = "output_too_large"
     DELIVERY_FAILED = "delivery_failed"
+    DELIVERY_REFUSED = "delivery_refused"
     INTERNAL = "internal"
 
 
@@ -159,6 +161,11 @@ class OutputTooLarge(KleinError):
 class DeliveryFailed(KleinError):
     code = ErrorCode.DELIVERY_FAILED
     retryable = True
+
+
+class DeliveryRefused(DeliveryFailed):
+    code = ErrorCode.DELIVERY_REFUSED
+    retryable = False
 
 
 class InternalError(KleinError):

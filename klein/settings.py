@@ -8,6 +8,8 @@ from typing import Any, Literal
 from klein.errors import BadSetting, unknown
 
 Offload = Literal["auto", "none", "model", "sequential"]
+PICTURES_MB = 50
+"""Of all pictures of a request together, as files."""
 OFFLOADS: tuple[Offload, ...] = ("auto", "none", "model", "sequential")
 
 
@@ -72,6 +74,25 @@ class Settings:
     model_revision: str | None = _setting(
         "MODEL_REVISION", None, str, "commit, tag or branch of the Hub repository"
     )
+    transformer: str | None = _setting(
+        "KLEIN_TRANSFORMER",
+        None,
+        str,
+        "one .safetensors file in place of the model's transformer: a path, "
+        "`owner/repo:file.safetensors[@revision]`, an https address or `civitai:VERSION`",
+    )
+    transformer_cache: Path = _setting(
+        "KLEIN_TRANSFORMER_CACHE",
+        Path("~/.cache/klein/transformers"),
+        Path,
+        "folder of such files that were fetched; may be a volume, or read-only",
+    )
+    transformer_cache_gb: float = _setting(
+        "KLEIN_TRANSFORMER_CACHE_GB",
+        60.0,
+        _number(float, 0, 10000),
+        "its size limit in GB; the longest unused goes first",
+    )
     hf_token: Secret | None = _setting(
         "HF_TOKEN", None, Secret, "Hugging Face token for gated models and private LoRAs"
     )
@@ -80,6 +101,12 @@ class Settings:
         "serve",
         _choice("serve", "runpod"),
         "what the image starts when it is given no command: `serve` or `runpod`",
+    )
+    log_format: str = _setting(
+        "KLEIN_LOG_FORMAT",
+        "text",
+        _choice("text", "json"),
+        "`text`, or `json`: one object a line, with request id, job id and stage",
     )
     device: str = _setting(
         "KLEIN_DEVICE", "auto", _choice("auto", "cuda", "cpu"), "`auto`, `cuda` or `cpu`"
@@ -94,7 +121,8 @@ class Settings:
         "KLEIN_SPEED",
         "auto",
         _choice("auto", "eager", "exact", "fast", "turbo"),
-        "the tier: `auto` (`exact` on a GPU, `eager` without), `eager`, `exact`, `fast` or `turbo`",
+        "the tier: `auto` (`exact` on a GPU, `fast` there with float8 weights, `eager` without), "
+        "`eager`, `exact`, `fast` or `turbo`",
     )
     attention: str = _setting(
         "KLEIN_ATTENTION",
@@ -161,9 +189,10 @@ class Settings:
     )
     max_body_mb: float = _setting(
         "KLEIN_MAX_BODY_MB",
-        48.0,
+        PICTURES_MB * 4 // 3 + 2.0,  # in base64, and the rest of the JSON
         _number(float, 1, 1000),
-        "largest request body in MB on routes that take pictures; 1 MB elsewhere",
+        f"largest request body in MB on routes that take pictures, by default enough for "
+        f"{PICTURES_MB} MB of them in base64; 1 MB elsewhere",
     )
     prompt_loras: bool = _setting(
         "KLEIN_PROMPT_LORAS", False, _switch, "`on` understands `<lora:name:0.8>` in prompts"
@@ -184,6 +213,12 @@ class Settings:
         "KLEIN_S3_ENDPOINT", None, str, "S3 endpoint URL for `return_type: url`"
     )
     s3_bucket: str | None = _setting("KLEIN_S3_BUCKET", None, str, "bucket the pictures go to")
+    s3_region: str = _setting(
+        "KLEIN_S3_REGION",
+        "auto",
+        str,
+        "the bucket's region, which signs its links: `eu-central-1` and the like on AWS",
+    )
     s3_key_id: Secret | None = _setting("KLEIN_S3_KEY_ID", None, Secret, "access key id")
     s3_secret: Secret | None = _setting("KLEIN_S3_SECRET", None, Secret, "secret access key")
     s3_expiry: int = _setting(

@@ -121,7 +121,7 @@ BORROWED: dict[str, tuple[str, ...]] = {
 }
 """What can be taken over from another reference, and the attributes that move with it."""
 
-BORROWED_SHARES = (0.42, 0.18, 0.22, 0.14, 0.12, 0.10, 0.07, 0.11)
+BORROWED_SHARES = (0.32, 0.14, 0.22, 0.18, 0.18, 0.14, 0.11, 0.14)
 ORIGINS = ("person", *BORROWED)
 """What an instruction can take from a reference; the text encoder learns from which one."""
 
@@ -404,9 +404,9 @@ class Editor:
 CHANGES: dict[Callable[[Editor], Change | None], float] = {
     lambda e: e.recolour("hat_color"): 0.16,
     lambda e: e.recolour("wear_color"): 0.10,
-    lambda e: e.recolour("hair"): 0.08,
-    lambda e: e.recolour("eyes"): 0.05,
-    lambda e: e.recolour("skin"): 0.03,
+    lambda e: e.recolour("hair"): 0.10,
+    lambda e: e.recolour("eyes"): 0.06,
+    lambda e: e.recolour("skin"): 0.05,
     lambda e: e.recolour("scarf_color"): 0.08,
     Editor.background: 0.14,
     Editor.pattern: 0.03,
@@ -416,10 +416,10 @@ CHANGES: dict[Callable[[Editor], Change | None], float] = {
     lambda e: e.exchange("wear"): 0.05,
     lambda e: e.add("hat"): 0.12,
     lambda e: e.add("glasses"): 0.05,
-    lambda e: e.add("scarf"): 0.04,
-    lambda e: e.add("earrings"): 0.02,
-    lambda e: e.add("beard"): 0.03,
-    lambda e: e.add("freckles"): 0.02,
+    lambda e: e.add("scarf"): 0.09,
+    lambda e: e.add("earrings"): 0.06,
+    lambda e: e.add("beard"): 0.06,
+    lambda e: e.add("freckles"): 0.05,
     Editor.remove: 0.16,
     Editor.who: 0.02,
 }

@@ -11,11 +11,13 @@ Four steps in ten are edits: the encoded references follow the picture's tokens,
 import argparse
 import copy
 import math
+import multiprocessing
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
 from training.attributes import Batch, part, sample
 from training.captions import caption, rows
 from training.draw import with_looks
-from training.edits import make_combinations, make_edits
+from training.edits import Edits, make_combinations, make_edits
 from training.model import LAYERS, TOKENS, build_transformer, embed, save_pipeline, tokenize
 from training.steps import (
     Clock,
@@ -88,6 +90,7 @@ class Bank:
 
     references: latents (N, R, 128) of the references that belong to the pictures, in their order.
     image_ids: positions of the picture's and all references' tokens.
+    emphasis: weight of each token's loss, (N, T), mean 1 over a picture; None for equal weights.
     """
 
     latents: torch.Tensor
@@ -96,6 +99,7 @@ class Bank:
     lengths: torch.Tensor
     embeds: torch.Tensor | None = None
     references: tuple[torch.Tensor, ...] = ()
+    emphasis: torch.Tensor | None = None
 
 
 def flux_shift(tokens: int) -> float:
@@ -159,7 +163,7 @@ def painted(
     return torch.cat(parts)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=3)
 def portraits(
     vae: AutoencoderKLFlux2, count: int, seed: int, size: tuple[int, int]
 ) -> tuple[Batch, torch.Tensor]:
@@ -179,12 +183,12 @@ def make_bank(
     """Draw and encode `count` pictures: with `captions` captions each, or edits of references."""
     device, size = pick_device(), (kind.width, kind.height)
     references: tuple[torch.Tensor, ...] = ()
-    if len(kind.references) == 2:
-        latents, references, texts = combined(vae, kind, count, seed)
-    elif kind.references:
-        sources, one = portraits(vae, count, seed, kind.references[0])
-        made = make_edits(sources, seed)
-        latents, references = painted(vae, made.targets, seed, size), (one,)
+    emphasis = None
+    if kind.references:
+        made = instructions(count, seed, len(kind.references))
+        latents = painted(vae, made.targets, seed, size, made.looks)
+        emphasis = changed_more(latents, portraits(vae, count, seed, size)[1])
+        references = shown(vae, kind, count, seed)
         texts = [edit.text for edit in made.edits]
     else:
         values, latents = portraits(vae, count, seed, size)
@@ -192,26 +196,40 @@ def make_bank(
         texts = [caption(row, rng)[0] for row in rows(values) for _ in range(captions)]
     ids, lengths = tokenize(tokenizer, texts)
     places = all_position_ids(size, kind.references, device)
-    return Bank(latents, places, ids.to(device), lengths.to(device), references=references)
+    return Bank(latents, places, ids.to(device), lengths.to(device), None, references, emphasis)
 
 
-def combined(
-    vae: AutoencoderKLFlux2, kind: Kind, count: int, seed: int
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], list[str]]:
-    """Results of two-reference instructions, the references in their order, and the texts."""
-    shapes, made = kind.references, None
-    shown = {}
-    for shape in dict.fromkeys(shapes):
-        sources, person = portraits(vae, count, seed, shape)
-        made = made or make_combinations(sources, seed)
-        shown[shape] = person, painted(vae, made.others, seed + 7, shape, made.looks)
-    latents = painted(vae, made.targets, seed, (kind.width, kind.height), made.looks)
-    person = torch.tensor([edit.person for edit in made.edits], device=latents.device)
-    references = [
-        torch.where((person == number).view(-1, 1, 1), *shown[shape])
-        for number, shape in enumerate(shapes, start=1)
-    ]
-    return latents, tuple(references), [edit.text for edit in made.edits]
+@lru_cache(maxsize=2)
+def instructions(count: int, seed: int, references: int) -> Edits:
+    """Instructions on one or two references for the portraits of a seed."""
+    make = make_combinations if references == 2 else make_edits
+    return make(sample(count, seed), seed)
+
+
+def shown(vae: AutoencoderKLFlux2, kind: Kind, count: int, seed: int) -> tuple[torch.Tensor, ...]:
+    """The latents of a kind's references, in their order."""
+    made = instructions(count, seed, len(kind.references))
+    if made.others is None:
+        return (portraits(vae, count, seed, kind.references[0])[1],)
+    both = {
+        size: (
+            portraits(vae, count, seed, size)[1],
+            painted(vae, made.others, seed + 7, size, made.looks),
+        )
+        for size in dict.fromkeys(kind.references)
+    }
+    person = torch.tensor([edit.person for edit in made.edits], device=pick_device())
+    return tuple(
+        torch.where((person == number).view(-1, 1, 1), *both[size])
+        for number, size in enumerate(kind.references, start=1)
+    )
+
+
+def changed_more(latents: torch.Tensor, person: torch.Tensor) -> torch.Tensor:
+    """Weights (N, T) of mean 1: a token that an instruction changes counts five times as much."""
+    changed = (latents.float() - person.float()).square().mean(-1) > 0.1
+    weights = 1 + 4 * changed.float()
+    return weights / weights.mean(1, keepdim=True)
 
 
 @torch.no_grad()
@@ -311,7 +329,8 @@ def flow_loss(
             img_ids=bank.image_ids,
             return_dict=False,
         )[0][:, : clean.shape[1]]
-    return (velocity.float() - (noise - clean)).square().mean()
+    errors = (velocity.float() - (noise - clean)).square()
+    return (errors if bank.emphasis is None else errors * bank.emphasis[pick].unsqueeze(-1)).mean()
 
 
 def wait_for(folder: Path, seconds: float = 600) -> None:
@@ -327,6 +346,15 @@ def wait_for(folder: Path, seconds: float = 600) -> None:
         time.sleep(1)
 
 
+COMPILERS: list[BaseProcess] = []
+"""Processes that fill the compiler's cache while the pictures are drawn."""
+
+
+def compile_ahead(start: Path, size: int, kind: Kind) -> None:
+    """Compile one kind's step on a few pictures."""
+    Trainer(start, start, 1, 16, size, (kind,))
+
+
 class Trainer:
     """The transformer with its optimizer, averaged weights, banks and one step per kind.
 
@@ -336,15 +364,25 @@ class Trainer:
         seconds: of training.
         pictures: number of pictures of the main kind.
         size: batch size of the main kind.
+        kinds: of steps.
     """
 
-    def __init__(self, out: Path, start: Path, seconds: float, pictures: int, size: int) -> None:
+    def __init__(
+        self,
+        out: Path,
+        start: Path,
+        seconds: float,
+        pictures: int,
+        size: int,
+        kinds: tuple[Kind, ...] = KINDS,
+    ) -> None:
         self.out, self.device = out, pick_device()
         self.tokenizer, self.encoder = load_text(start)
         self.encoder.to(self.device)
         self.vae = AutoencoderKLFlux2.from_pretrained(start / "vae", dtype=torch.float32)
         self.vae.to(self.device).eval().requires_grad_(False)
         self.conditioners: list[Conditioner] = []
+        self.edits: dict[int, Bank] = {}
         self.model = build_transformer().to(self.device)
         if (start / "transformer").exists():
             known = Flux2Transformer2DModel.from_pretrained(start / "transformer")
@@ -355,7 +393,10 @@ class Trainer:
         self.checkpoint = out / "checkpoints/flow.pt"
         if self.checkpoint.exists():
             self.resume(seconds)
-        self.steps = [self.prepare(kind, pictures, size) for kind in KINDS]
+        banks = [self.bank(kind, pictures) for kind in kinds]
+        for compiler in COMPILERS:
+            compiler.join()
+        self.steps = [self.step(*each, size) for each in zip(kinds, banks, strict=True)]
         wait_for(self.out / "vae")
         if start != out:
             self.take_encoder()
@@ -376,25 +417,36 @@ class Trainer:
         self.ema = state["ema"]
         self.clock = Clock(seconds, state["spent"], state["step"])
 
-    def prepare(self, kind: Kind, pictures: int, size: int) -> Step:
-        """Draw the bank of a kind and build (on the GPU: compile, capture) its step."""
-        main = KINDS.index(kind) < MAIN
+    def bank(self, kind: Kind, pictures: int) -> Bank:
+        """The pictures of a kind; edits of the main size differ in their references alone."""
+        edits = bool(kind.references) and (kind.width, kind.height) == SQUARE
+        shared = edits or kind in KINDS[:MAIN]
         fewer = pictures // 16 * 256 * 256 // (kind.width * kind.height)
-        count = pictures if main else max(8, fewer)
+        count = pictures if shared else max(8, fewer)
+        seed = 41 if shared else 41 + KINDS.index(kind)
+        print(f"{time.monotonic():.0f} s  drawing: {kind}, {count} pictures", flush=True)
+        if edits and (known := self.edits.get(len(kind.references))):
+            places = all_position_ids(SQUARE, kind.references, self.device)
+            return replace(known, references=shown(self.vae, kind, count, seed), image_ids=places)
         captions = 4 if kind == KINDS[0] else 2
-        seed = 41 if main else 41 + KINDS.index(kind)
         bank = make_bank(self.vae, self.tokenizer, kind, count, captions, seed)
         if kind.tokens == TOKENS:
             embed_bank(bank, self.encoder)
+        if edits:
+            self.edits[len(kind.references)] = bank
+        return bank
+
+    def step(self, kind: Kind, bank: Bank, size: int) -> Step:
+        """The step of a kind; on the GPU captured, and compiled for the main kinds."""
         conditioner = Conditioner(bank, self.encoder, self.tokenizer, kind.tokens)
         self.conditioners.append(conditioner)
-        compiled = main and self.device.type == "cuda"
+        compiled = kind in KINDS[:MAIN] and self.device.type == "cuda"
         model = torch.compile(self.model, dynamic=False) if compiled else self.model
         batch = max(2, int(size * kind.batch))
         step = Step(
             lambda: flow_loss(model, bank, conditioner, batch), self.optimizer, self.average
         )
-        print(f"ready: {kind}, {count} pictures, batch {batch}", flush=True)
+        print(f"{time.monotonic():.0f} s  ready: {kind}, batch {batch}", flush=True)
         return step
 
     def average(self) -> None:
@@ -455,6 +507,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(3)
     start = args.start or args.out
+    if torch.cuda.is_available():
+        spawn = multiprocessing.get_context("spawn")
+        for kind in KINDS[:MAIN]:
+            COMPILERS.append(spawn.Process(target=compile_ahead, args=(start, args.batch, kind)))
+            COMPILERS[-1].start()
     trainer = Trainer(args.out, start, args.seconds, args.pictures, args.batch)
     trainer.run(args.rate, args.edits)
 

@@ -1,6 +1,7 @@
 """From settings to a generator: check, plan, and hand the engine a way to load."""
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from klein.app.generator import Generator
 from klein.app.metrics import Recorder
@@ -14,18 +15,23 @@ from klein.models.plan import fetched, lora_folder, plan
 from klein.output.delivery import Bucket
 from klein.settings import Settings
 from klein.sources.cache import Store
-from klein.sources.fetch import Fetcher
+from klein.sources.fetch import Fetcher, ignore_size
+
+if TYPE_CHECKING:
+    from klein.app.tracing import Tracing
 
 Load = Callable[[], ImagePipeline]
 
 
-def library(settings: Settings) -> LoraLibrary:
+def library(settings: Settings, recorder: Recorder | None = None) -> LoraLibrary:
     """The LoRAs of these settings."""
     store = Store(
         settings.lora_cache.expanduser(), settings.lora_cache_gb * GB, grace=settings.timeout
     )
     tokens = Tokens(settings.hf_token, settings.civitai_token)
-    return LoraLibrary(lora_folder(settings), store, Fetcher(settings.fetch_hosts), tokens)
+    on_received = recorder.received("lora") if recorder else ignore_size
+    fetcher = Fetcher(settings.fetch_hosts, on_received=on_received)
+    return LoraLibrary(lora_folder(settings), store, fetcher, tokens)
 
 
 def loader(settings: Settings, environ: Mapping[str, str]) -> Load:
@@ -55,19 +61,21 @@ def generator(
     on_load_failed: Callable[[KleinError], None] = lambda _: None,
     on_unhealthy: Callable[[KleinError], None] = lambda _: None,
     recorder: Recorder | None = None,
+    tracing: "Tracing | None" = None,
 ) -> Generator:
     """The generator of these settings, its model being loaded in the background.
 
     Raises BadSetting for a bucket that is half set.
     """
     bucket = Bucket.from_settings(settings)
+    loras = library(settings, recorder)
     engine = Engine(
         load,
         queue_size=settings.queue_size,
-        on_ready=lambda: recorder.update(engine) if recorder else None,
+        on_ready=lambda: recorder.update(engine, loras) if recorder else None,
         on_load_failed=on_load_failed,
         on_unhealthy=on_unhealthy,
     )
-    made = Generator(engine, library(settings), settings, bucket, recorder)
+    made = Generator(engine, loras, settings, bucket, recorder, tracing)
     engine.start()
     return made

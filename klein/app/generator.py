@@ -6,10 +6,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
+from klein import logs
+from klein.app.account import Account, outcome_of
 from klein.app.estimate import StepTimes
+from klein.app.lanes import Lanes
 from klein.app.metrics import Recorder
 from klein.app.prepare import prepare
 from klein.core import (
@@ -19,6 +25,7 @@ from klein.core import (
     PreviewRequest,
     Progress,
     RequestContext,
+    ignore_stage,
     new_id,
 )
 from klein.engine.engine import Engine
@@ -29,9 +36,13 @@ from klein.output.response import require_bucket
 from klein.request.resolve import Resolved, resolve
 from klein.request.schema import GenerateRequest
 from klein.settings import Settings
-from klein.sources.fetch import Fetcher
+from klein.sources.fetch import Fetcher, ignore_size
+
+if TYPE_CHECKING:
+    from klein.app.tracing import Tracing
 
 PREPARING_THREADS = 4
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +63,23 @@ class Generator:
         settings: Settings,
         bucket: Bucket | None,
         recorder: Recorder | None = None,
+        tracing: "Tracing | None" = None,
     ) -> None:
         self.engine = engine
         self.library = library
         self.settings = settings
         self.bucket = bucket
         self.recorder = recorder
-        self._fetcher = Fetcher(settings.fetch_hosts)
+        self.tracing = tracing
+        on_received = recorder.received("image") if recorder else ignore_size
+        self._fetcher = Fetcher(settings.fetch_hosts, on_received=on_received)
         self.step_times = StepTimes()
         self._preparing = 0
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(PREPARING_THREADS, "klein-prepare")
+        self.lanes = Lanes()
         engine.on_change(self._observe)
+        self._observe()
 
     def context(
         self,
@@ -73,7 +89,8 @@ class Generator:
     ) -> RequestContext:
         """A context whose deadline is KLEIN_TIMEOUT from now; without `id` it makes its own."""
         deadline = time.monotonic() + self.settings.timeout
-        return RequestContext(deadline, id or new_id(), on_progress, previews)
+        on_stage = self.tracing.stage if self.tracing else ignore_stage
+        return RequestContext(deadline, id or new_id(), on_progress, previews, on_stage)
 
     def resolve(self, request: GenerateRequest) -> Resolved:
         """Decide what will be drawn; raises InvalidRequest, or NotReady before a model is there."""
@@ -90,36 +107,50 @@ class Generator:
 
         Cancelling the waiter cancels the work and returns once the GPU is free of it.
         """
-        with self._recorded() as record:
-            generated = await self._run(request, context)
-            record(generated.result)
-        return generated
+        with self._account(context.id) as account:
+            resolved = self.resolve(request)
+            account.params, account.speed = resolved.params, self.engine.pipeline.info.speed
+            account.result = await self._run(resolved, context)
+            return Generated(account.result, resolved.delivery)
 
     @contextmanager
-    def _recorded(self) -> Iterator[Callable[[GenerationResult], None]]:
-        """Tells the metrics how what is inside ends."""
-        if self.recorder is None:
-            yield lambda _: None
-            return
-        try:
-            yield self.recorder.finished
-        except BaseException as error:
-            self.recorder.failed(error)
-            raise
-        finally:
-            self._observe()
+    def _account(self, id: str) -> Iterator[Account]:
+        """Tells trace, metrics and log how what is inside ends."""
+        account = Account(id)
+        traced = self.tracing.request(account) if self.tracing else nullcontext()
+        with logs.fields(request_id=id), traced:
+            try:
+                yield account
+            except BaseException as error:
+                account.outcome = outcome_of(error)
+                raise
+            finally:
+                if self.recorder is not None:
+                    self.recorder.count(account)
+                account.log()
+                self._observe()
+
+    def streaming(self) -> AbstractContextManager[None]:
+        """Counts an event stream while it is open."""
+        return self.recorder.stream() if self.recorder else nullcontext()
 
     def _observe(self) -> None:
         """Show the queue in the metrics as it is now."""
         if self.recorder is not None:
-            self.recorder.update(self.engine)
+            self.recorder.update(self.engine, self.library)
 
-    async def _run(self, request: GenerateRequest, context: RequestContext) -> Generated:
-        resolved = self.resolve(request)
+    async def _run(self, resolved: Resolved, context: RequestContext) -> GenerationResult:
         self.engine.require_place()
         result = await self.draw(resolved, context)
         self.step_times.learn(result)
-        return Generated(result, resolved.delivery)
+        return result
+
+    async def render(self, generated: Generated, work: Callable[[Generated], T]) -> T:
+        """`work` on a result, which encodes its images and may put them into the bucket: in a
+        thread that only such work can hold up."""
+        by_link = self.bucket is not None and generated.delivery.return_type == "url"
+        lane = self.lanes.delivery if by_link else self.lanes.encoding
+        return await lane.run(partial(work, generated))
 
     async def draw(self, resolved: Resolved, context: RequestContext) -> GenerationResult:
         """Fetch and read what a resolved request needs, and draw it; raises a KleinError."""
@@ -141,7 +172,9 @@ class Generator:
         with self._place():
             loop = asyncio.get_running_loop()
             work = loop.run_in_executor(
-                self._threads, prepare, resolved, context, self.library, self._fetcher
+                self._threads,
+                copy_context().run,
+                partial(prepare, resolved, context, self.library, self._fetcher),
             )
             try:
                 await asyncio.wait({work}, timeout=context.deadline - time.monotonic())
@@ -169,6 +202,7 @@ class Generator:
                 self._preparing -= 1
 
     def stop(self) -> None:
-        """End the engine and the preparing threads."""
+        """End the engine and the threads beside it."""
         self.engine.stop()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self.lanes.stop()

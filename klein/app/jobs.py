@@ -16,6 +16,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from klein import logs
 from klein.app.generator import Generated, Generator
 from klein.app.job import LAST_EVENTS, Job, JobSpec, Output, Status, WebhookEvent, told_input
 from klein.app.webhooks import Webhooks
@@ -135,7 +136,8 @@ class JobRegistry:
         """Counts an open event stream."""
         self._streams[owner] = self._streams.get(owner, 0) + 1
         try:
-            yield
+            with self._generator.streaming():
+                yield
         finally:
             self._streams[owner] -= 1
             if not self._streams[owner]:
@@ -169,14 +171,20 @@ class JobRegistry:
         )
         job.context = self._context(own, job, spec.previews)
         self._jobs[owner, job.id] = job
-        job.task = asyncio.create_task(self._draw(job.id, spec, job.context))
+        with logs.fields(job_id=job.id):
+            job.task = asyncio.create_task(self._draw(job.id, spec, job.context))
         job.task.add_done_callback(partial(self._end, job))
         return job
+
+    @property
+    def under_way(self) -> int:
+        """Jobs that are not over."""
+        return sum(not job.over for job in self._jobs.values())
 
     def _require_room(self, spec: JobSpec) -> None:
         if self._stopping:
             raise NotReady("klein is shutting down: try another worker")
-        if sum(not job.over for job in self._jobs.values()) >= MAX_JOBS:
+        if self.under_way >= MAX_JOBS:
             raise QueueFull(f"{MAX_JOBS} jobs are under way already: try again later")
         if spec.webhook is None:
             return
@@ -205,11 +213,13 @@ class JobRegistry:
 
     async def _draw(self, id: str, spec: JobSpec, context: RequestContext) -> Output:
         generated = await self._generator.run(spec.request, context)
-        bucket = self._generator.bucket
+        return await self._generator.render(generated, partial(self._output, id, spec.links))
+
+    def _output(self, id: str, links: bool, generated: Generated) -> Output:
         if generated.delivery.return_type == "url":
-            made = (generated.result, generated.delivery, bucket)
-            return Output(await asyncio.to_thread(response.to_json, *made), ())
-        return await asyncio.to_thread(_encode, id, generated, spec.links)
+            made = (generated.result, generated.delivery, self._generator.bucket)
+            return Output(response.to_json(*made), ())
+        return _encode(id, generated, links)
 
     async def _accept(self, job: Job) -> None:
         """Let the first step of the job's task run, which finds it a place in the queue or

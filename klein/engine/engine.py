@@ -13,7 +13,8 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -70,10 +71,11 @@ class QueueView:
 
 @dataclass(eq=False, slots=True)
 class _Entry:
-    """A job in the queue."""
+    """A job in the queue, and the context of whoever asked for it, in which it is drawn."""
 
     job: Job
     future: "Future[GenerationResult]"
+    context: Context = field(default_factory=copy_context)
 
 
 class Engine:
@@ -266,7 +268,7 @@ class Engine:
         job, future = entry.job, entry.future
         try:
             job.context.check()
-            result = self.pipeline.generate(job)
+            result = entry.context.run(self.pipeline.generate, job)
         except OutOfMemory as error:
             waiting = self._become_unhealthy()
             self._settle(future.set_exception, error)
@@ -274,7 +276,8 @@ class Engine:
         except KleinError as error:
             self._settle(future.set_exception, error)
         except Exception as error:
-            self._settle(future.set_exception, self._unknown(job, error))
+            failure = entry.context.run(self._unknown, job, error)
+            self._settle(future.set_exception, failure)
         else:
             self._settle(future.set_result, result)
 

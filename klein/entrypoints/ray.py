@@ -32,6 +32,7 @@ from klein.app.metrics import Recorder
 from klein.app.replica import Hello, Message, Order, Replica
 from klein.engine.engine import State
 from klein.entrypoints.http.app import connect, create_app, middlewares
+from klein.entrypoints.http.draining import Door
 from klein.models.catalog import known
 from klein.output.delivery import Bucket
 from klein.settings import Settings
@@ -147,7 +148,8 @@ class Ingress:
         fleet = Fleet(RayReplicas(handle), queue_size=settings.queue_size)
         bucket = Bucket.from_settings(settings)
         recorder = Recorder(self._metric)
-        self._generator = FleetGenerator(fleet, build.library(settings), settings, bucket, recorder)
+        library = build.library(settings, recorder)
+        self._generator = FleetGenerator(fleet, library, settings, bucket, recorder)
         self._registry.register(FleetMetrics(fleet))
         fleet.start()
 
@@ -159,7 +161,7 @@ class Ingress:
         """The app as everywhere, and what BentoML's server adds to it elsewhere."""
         app = create_app()
         connect(app, self._generator)
-        chain = [*middlewares(self._generator.settings), (RememberCaller, {})]
+        chain = [*middlewares(self._generator.settings, Door()), (RememberCaller, {})]
         for middleware, options in reversed(chain):
             app.add_middleware(middleware, **options)
         app.include_router(self._probes())

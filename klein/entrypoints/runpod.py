@@ -12,8 +12,10 @@ import os
 import re
 import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
+from klein import logs
 from klein.app import build
 from klein.app.generator import Generator
 from klein.core import Preview, PreviewRequest, Progress
@@ -71,12 +73,14 @@ class Worker:
             previews = PreviewRequest(feed.show, every=PREVIEW_EVERY) if wants_previews else None
             context = self._generator.context(request_id, feed.push, previews)
             generated = await self._generator.run(request, context)
-        return await asyncio.to_thread(
-            response.to_json_within,
-            generated.result,
-            generated.delivery,
-            self._generator.bucket,
-            self._generator.settings.max_response_mb * 1e6,
+        return await self._generator.lanes.delivery.run(
+            partial(
+                response.to_json_within,
+                generated.result,
+                generated.delivery,
+                self._generator.bucket,
+                self._generator.settings.max_response_mb * 1e6,
+            )
         )
 
 
@@ -181,10 +185,11 @@ def main() -> None:
     """
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")  # its default prints whole results
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logs.setup(os.environ)
     try:
         worker = start_worker()
     except KleinError as error:
-        print(f"\nklein cannot start: {error}\n", file=sys.stderr)
+        logs.say(f"\nklein cannot start: {error}\n")
         sys.exit(1)
     import runpod
 

@@ -83,7 +83,7 @@ def to_text(result: GenerationResult, image: GeneratedImage, delivery: Delivery)
         "CFG scale": params.guidance_scale,
         "Seed": image.seed,
         "Size": f"{image.image.width}x{image.image.height}",
-        "Model": result.model.spec.name,
+        "Model": result.model.label,
         "Speed": result.model.speed,
         "Lora hashes": _quote(", ".join(f"{x.path}: {(x.sha256 or '')[:12]}" for x in applied)),
         "Version": f"klein {__version__}",

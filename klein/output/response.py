@@ -120,6 +120,7 @@ def model_json(model: ModelInfo) -> dict[str, Any]:
         "id": model.id,
         "name": model.spec.name,
         "revision": model.revision,
+        "transformer": model.transformer,
         "license": model.spec.license,
         "device": model.device,
         "dtype": model.dtype,

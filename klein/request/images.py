@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 
 from klein.errors import InvalidRequest
 from klein.models import sizes
+from klein.settings import PICTURES_MB
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_IMAGES = 4
 MAX_BYTES = 20_000_000
-MAX_TOTAL_BYTES = 50_000_000
+MAX_TOTAL_BYTES = PICTURES_MB * 1_000_000
 """Of all pictures of a request together."""
 MAX_TEXT = MAX_BYTES * 4 // 3 + 100
 """Characters of base64 for the largest picture, with a data URI's head."""

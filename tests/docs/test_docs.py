@@ -121,6 +121,13 @@ def test_files_modules_and_targets_exist(page: Path) -> None:
     assert set(re.findall(r"(?:`|^|\$ )make ([a-z-]+)", text, re.MULTILINE)) <= targets
 
 
+def test_tests_that_pages_name_exist() -> None:
+    """A promise is held by a test that is there."""
+    for page in PAGES:
+        for path, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text()):
+            assert f"def {name}(" in (docs.ROOT / path).read_text(), name
+
+
 def test_the_nouns_of_the_architecture_are_classes() -> None:
     """Every CamelCase name in backticks in its table is defined in klein."""
     text = (docs.ROOT / "docs/architecture.md").read_text()

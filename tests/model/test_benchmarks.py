@@ -1,11 +1,13 @@
 """The benchmarks run, and refuse what cannot be."""
 
+import argparse
 import subprocess
 import sys
 
 import pytest
 
-from benchmarks import tiers
+from benchmarks import previews, tiers
+from klein.inference.pipeline import KleinPipeline
 from klein.models.catalog import MODELS
 from tests.support import live
 
@@ -24,6 +26,18 @@ def test_tiers_side_by_side() -> None:
     rows = {line[0]: line for line in lines if line}
     assert rows["stock"][5] == rows["exact"][5] == "4"
     assert float(rows["exact"][-1]) < 0.05
+
+
+def test_what_previews_cost(tiny_pipe: KleinPipeline) -> None:
+    """A row without, with small ones and with partial images, and how many of them came."""
+    args = argparse.Namespace(every=[4, 1], partial=3, rounds=2, steps=5, size=(64, 64))
+    lines = previews.table(previews.measure(tiny_pipe, tiny_pipe.info.spec, args))
+    assert [(line[:20].strip(), line.split()[-1]) for line in lines[1:]] == [
+        ("none", "0"),
+        ("every 4 steps", "1"),
+        ("every 1 steps", "4"),
+        ("3 partial images", "3"),
+    ]
 
 
 def test_a_rate_above_the_chips_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,8 @@ def test_order(sampler: str, order: int) -> None:
 
 def test_ab2_in_16_steps_is_eulers_28() -> None:
     """At most 1.1 times as far from 240 of Euler's steps, in half the forwards."""
-    nano, unguided = Nano(1, side=128), {"guidance_scale": 1.0}
+    unguided: dict[str, Any] = {"guidance_scale": 1.0}
+    nano = Nano(1, side=128)
     converged = nano.draw(run(240, **unguided))
     ab2 = distance(nano.draw(run(16, "ab2", **unguided)), converged)
     euler = distance(nano.draw(run(28, **unguided)), converged)

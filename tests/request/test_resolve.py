@@ -149,5 +149,5 @@ def test_bad_loras_in_the_prompt(prompt: str) -> None:
 
 
 def _file(scale: float | None = None, trigger: str | None = None) -> LoraFile:
-    nowhere, own = Identity(0, 0, 0, 0), LoraDefaults(scale, trigger)
+    nowhere, own = Identity(0, 0, 0, 0, 0), LoraDefaults(scale, trigger)
     return LoraFile(Path("x"), "x", "0", "ai-toolkit", 1, (), (), {}, nowhere, own)

@@ -422,9 +422,9 @@ def shell(page: Path) -> list[str]:
     return [line for block in blocks(page, "bash", "console") for line in shell_lines(block)]
 
 
-def runnable(language: str) -> list[str]:
+def runnable(language: str, pages: tuple[Path, ...] = RUN_AS_PRINTED) -> list[str]:
     """The blocks of that language that run as printed."""
-    return [block.text for page in RUN_AS_PRINTED for block in blocks(page, language)]
+    return [block.text for page in pages for block in blocks(page, language)]
 
 
 def anchors(page: Path) -> set[str]:

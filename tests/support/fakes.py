@@ -126,7 +126,7 @@ class FakeLibrary(LoraLibrary):
             on_bytes(0, None)
         if spec.path.startswith("missing"):
             raise LoraError(f"LoRA {spec.path!r} is not there")
-        nowhere = Identity(0, 0, 0, 0)
+        nowhere = Identity(0, 0, 0, 0, 0)
         return LoraFile(
             Path(spec.path), spec.path, "ab" * 32, "ai-toolkit", 192, (), (), {}, nowhere
         )

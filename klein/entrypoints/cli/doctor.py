@@ -6,6 +6,7 @@ from importlib import metadata
 
 from klein.app.webhooks import Webhooks
 from klein.entrypoints.cli.exit_codes import OK
+from klein.entrypoints.http.auth import read_keys
 from klein.errors import KleinError
 from klein.models.catalog import GB, MODELS
 from klein.models.machine import Kind, Machine
@@ -97,9 +98,11 @@ def _verdict(settings: Settings, machine: Machine) -> list[str]:
         planned = plan(settings, machine)
         Bucket.from_settings(settings)
         Webhooks.from_settings(settings)
+        read_keys(settings)
     except KleinError as error:
         return [f"MODEL_ID={settings.model_id} cannot start: {error}"]
     speed = f"{planned.acceleration.tier.name} tier"
     if planned.acceleration.why:
         speed += f" ({planned.acceleration.why})"
-    return [f"MODEL_ID={settings.model_id} can start: {planned.spec.name}, {planned.why}; {speed}"]
+    verdict = f"MODEL_ID={settings.model_id} can start: {planned.spec.name}, {planned.why}; {speed}"
+    return [verdict, *(f"  {note}" for note in planned.notes)]

@@ -18,6 +18,8 @@ def exit_code(code: ErrorCode) -> int:
             return CALLERS_FAULT
         case ErrorCode.MODEL_UNAVAILABLE | ErrorCode.INTERNAL | ErrorCode.OUTPUT_TOO_LARGE:
             return BROKEN
+        case ErrorCode.DELIVERY_REFUSED:
+            return BROKEN
         case ErrorCode.NOT_READY | ErrorCode.QUEUE_FULL | ErrorCode.DEADLINE_EXCEEDED:
             return TRY_AGAIN
         case ErrorCode.OUT_OF_MEMORY | ErrorCode.DELIVERY_FAILED | ErrorCode.IMAGE_UNAVAILABLE:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from klein.app import build
 from klein.entrypoints.cli.exit_codes import OK
+from klein.errors import LoraError
 from klein.lora import file
+from klein.lora.file import LoraFile
 from klein.lora.library import LoraLibrary, describe
 from klein.lora.spec import LoraSpec
 from klein.settings import Settings
@@ -26,7 +28,7 @@ def list_loras(args: argparse.Namespace) -> int:
 
 def inspect(args: argparse.Namespace) -> int:
     """`lora inspect`: what a file is, as JSON."""
-    print(json.dumps(describe(file.inspect(args.file, args.file.name)), indent=2))
+    print(json.dumps(describe(_file(args.file)), indent=2))
     return OK
 
 
@@ -52,11 +54,22 @@ def remove(args: argparse.Namespace) -> int:
 
 def convert(args: argparse.Namespace) -> int:
     """`lora convert`: write any LoRA in diffusers' format."""
+    found = _file(args.file)
     from klein.inference.adapters.convert import convert
 
-    rank = convert(file.inspect(args.file, args.file.name), args.output)
+    rank = convert(found, args.output)
     print(f"{args.output}: diffusers, rank {rank}")
     return OK
+
+
+def _file(path: Path) -> LoraFile:
+    """The LoRA at `path`; raises LoraError where there is no file."""
+    if not path.is_file():
+        raise LoraError(
+            f"{path} is no file here: give the path of a .safetensors file; `klein lora add` "
+            "fetches others, `klein lora list` names those at hand"
+        )
+    return file.inspect(path, path.name)
 
 
 def _print_bytes(have: int, total: int | None) -> None:

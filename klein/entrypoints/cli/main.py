@@ -4,11 +4,12 @@ Each command's module is imported when it is asked for, so that help is quick.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from klein import __version__
+from klein import __version__, logs
 from klein.entrypoints.cli.exit_codes import INTERRUPTED, OK, exit_code
 from klein.errors import KleinError
 
@@ -18,11 +19,12 @@ Run = Callable[[argparse.Namespace], int]
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = _parser(argv).parse_args(argv)
+    logs.setup(os.environ)
     run: Run = args.run
     try:
         return run(args)
     except KleinError as error:
-        print(f"klein: {error}", file=sys.stderr)
+        logs.say(f"klein: {error}")
         return exit_code(error.code)
     except KeyboardInterrupt:
         return INTERRUPTED
