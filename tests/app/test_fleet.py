@@ -346,7 +346,7 @@ def test_a_lost_job_that_was_cancelled_is_not_drawn_again() -> None:
     run(scenario, "a", "b")
 
 
-async def _nothing(_: str) -> None:
+async def _nothing(id: str) -> None:
     return
 
 
