@@ -34,7 +34,7 @@ def pipeline() -> fakes.FakePipeline:
 def generator(pipeline: fakes.FakePipeline) -> Iterator[Generator]:
     filters.seen.clear()
     filters.released.clear()
-    made = fakes.generator(pipeline, library=None, **FILTER)
+    made = fakes.generator(pipeline, **FILTER)
     yield made
     filters.released.set()
     pipeline.gate.set()
@@ -180,7 +180,7 @@ def test_filters_that_hang_in_every_thread_are_bounded_too(generator: Generator)
 
 def test_the_deadline_of_a_job_holds_for_its_filter(pipeline: fakes.FakePipeline) -> None:
     """It is not the filter's fault then."""
-    generator = fakes.generator(pipeline, library=None, **FILTER | {"KLEIN_FILTER_SECONDS": "9"})
+    generator = fakes.generator(pipeline, **FILTER | {"KLEIN_FILTER_SECONDS": "9"})
     filters.released.clear()
     context = fakes.context(seconds=0.2)
     with pytest.raises(DeadlineExceeded):

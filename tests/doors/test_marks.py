@@ -67,7 +67,7 @@ class Refused(Exception):
 @contextmanager
 def serving(**settings: str) -> Iterator[Server]:
     pipeline = PacedPipeline()
-    generator = fakes.generator(pipeline, library=None, **settings)
+    generator = fakes.generator(pipeline, **settings)
     with (
         asgi.serve(standalone(generator)) as url,
         httpx.Client(base_url=url, timeout=20) as client,

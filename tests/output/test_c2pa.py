@@ -180,7 +180,6 @@ def test_the_pictures_of_a_request_become_its_ingredients(tmp_path: Path) -> Non
     """From what the caller sends to what the file says, off the GPU's thread."""
     generator = fakes.generator(
         fakes.FakePipeline(),
-        library=None,
         **certificates.chain(tmp_path).settings | {"KLEIN_AI_MARK": "off"},
     )
     sent = pictures.text(LOOK, "JPEG")
