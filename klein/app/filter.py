@@ -187,12 +187,12 @@ def _valid(verdict: Any, check: Check) -> Verdict:
             return None
         case Refuse(reason, field):
             return Refuse(str(reason)[:MAX_REASON], field)
+        case Mark(reason, None):
+            return Mark(str(reason)[:MAX_REASON])
         case Mark(reason, image) if image is not None:
             if check.stage == "request" or image.size != check.images[0].size:
                 raise ValueError("Mark.image must have the size of the finished image")
             return Mark(str(reason)[:MAX_REASON], image.convert("RGB"))
-        case Mark(reason):
-            return Mark(str(reason)[:MAX_REASON])
     raise TypeError(f"{type(verdict).__name__} is neither Refuse, Mark nor None")
 
 
