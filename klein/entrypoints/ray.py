@@ -148,7 +148,8 @@ class Ingress:
         fleet = Fleet(RayReplicas(handle), queue_size=settings.queue_size)
         bucket = Bucket.from_settings(settings)
         recorder = Recorder(self._metric)
-        self._generator = FleetGenerator(fleet, build.library(settings), settings, bucket, recorder)
+        library = build.library(settings, recorder)
+        self._generator = FleetGenerator(fleet, library, settings, bucket, recorder)
         self._registry.register(FleetMetrics(fleet))
         fleet.start()
 

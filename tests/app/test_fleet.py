@@ -333,7 +333,7 @@ def test_a_lost_job_that_was_cancelled_is_not_drawn_again() -> None:
             one.pipeline.gate.clear()
         job = start(generator)
         await until(lambda: any(one.pipeline.started.is_set() for one in ways.replicas.values()))
-        ways.cancel = _nothing  # type: ignore[method-assign, assignment]
+        ways.cancel = _nothing  # type: ignore[method-assign]
         job.cancel()
         await asyncio.sleep(0.01)
         ways.replicas[ways.sent[0][0]].dead.set()
@@ -346,7 +346,7 @@ def test_a_lost_job_that_was_cancelled_is_not_drawn_again() -> None:
     run(scenario, "a", "b")
 
 
-async def _nothing(_: str) -> None:
+async def _nothing(id: str) -> None:
     return
 
 

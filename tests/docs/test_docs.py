@@ -244,6 +244,23 @@ def _curls(line: str) -> list[tuple[str, str, str | None]]:
     return calls
 
 
+def test_kuberay_gets_the_example() -> None:
+    """The manifest deploys what docs/ray-serve.yaml does, one GPU to a worker."""
+    example = yaml.safe_load((docs.ROOT / "docs/ray-serve.yaml").read_text())
+    (block,) = docs.blocks(docs.ROOT / "docs/deploy-ray.md", "yaml")
+    spec = yaml.safe_load(block.text)["spec"]
+    assert yaml.safe_load(spec["serveConfigV2"])["applications"] == example["applications"]
+    Settings.from_env(example["applications"][0]["runtime_env"]["env_vars"])
+    cluster = spec["rayClusterConfig"]
+    pin = (docs.ROOT / "requirements-ray.txt").read_text().split("==")[1].split()[0]
+    assert cluster["rayVersion"] == pin
+    (group,) = cluster["workerGroupSpecs"]
+    (worker,) = group["template"]["spec"]["containers"]
+    assert worker["resources"]["limits"]["nvidia.com/gpu"] == 1
+    (replica,) = example["applications"][0]["deployments"]
+    assert group["maxReplicas"] >= replica["autoscaling_config"]["max_replicas"]
+
+
 # -- the first screen ------------------------------------------------------------------------------
 
 

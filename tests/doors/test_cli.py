@@ -1,3 +1,5 @@
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -5,13 +7,17 @@ import pytest
 from PIL import Image
 
 from klein.app import build
+from klein.entrypoints.cli import doctor
 from klein.entrypoints.cli.generate import parse_lora
 from klein.entrypoints.cli.main import main
 from klein.errors import LoraError
+from klein.models.catalog import GB
+from klein.models.machine import Device, Machine
 from klein.models.schedule import SCHEDULES
 from klein.request.formats import FORMATS
 from klein.request.presets import PRESETS
 from klein.request.schema import GenerateRequest
+from klein.settings import Settings
 from tests.support import fakes
 
 
@@ -133,6 +139,24 @@ def test_doctor_tells_what_can_run(
     assert "MODEL_ID=./nowhere cannot start: MODEL_ID: there is no folder" in shown
     for name in ("klein-base-9B", "klein-4B", "nano", "memory", "bentoml"):
         assert name in shown
+
+
+def test_doctor_counts_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says what would use them."""
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "ray" else "1.0")
+    gpu = Device("cuda", "H200", 140 * GB, 139 * GB, (9, 0))
+    for count, told in ((0, None), (1, "use one"), (4, "klein serve --replicas 4 uses all 4")):
+        machine = replace(Machine.probe({}), gpus=(gpu,) * count)
+        lines = [line for line in doctor.report(Settings(), machine) if "  GPUs " in line]
+        assert len(lines) == (told is not None)
+        assert told is None or told in lines[0]
+        assert count < 2 or "pip install 'klein[ray]'" in lines[0]
+
+
+@pytest.mark.skipif(find_spec("ray") is not None, reason="it is for those who have no Ray")
+def test_serve_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("serve", "--replicas", "2") == 2
+    assert "pip install 'klein[ray]'" in capsys.readouterr().err
 
 
 def test_doctor_looks_at_more_than_the_model(

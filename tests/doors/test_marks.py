@@ -189,9 +189,9 @@ def _asked(prompt: str = "my secret", **values: Any) -> dict[str, Any]:
 def test_every_door_marks(plain: Server, name: str) -> None:
     """The finished image and those on the way, by what was asked."""
     reference = pictures.text(pictures.noise(64, 64))
-    edit: dict[str, Any] = {"images": [reference]}
-    for values, source in (({}, DRAWN), (edit, EDITED)):
-        drawn = HTTP[name](plain, _asked(**values))
+    edit = {"images": [reference]}
+    for asked, source in ((_asked(), DRAWN), (_asked() | edit, EDITED)):
+        drawn = HTTP[name](plain, asked)
         assert bool(drawn.previews) is (name in PREVIEWING)
         assert {marks.source_type(each) for each in drawn.files + drawn.previews} == {source}
         assert "my secret" in read_text(drawn.files[0])

@@ -3,6 +3,7 @@
 import hashlib
 from importlib.resources import files
 from pathlib import PurePosixPath
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import RedirectResponse, Response
@@ -54,12 +55,18 @@ FILES = _read()
 ETAGS = {name: f'"{hashlib.sha256(data).hexdigest()[:16]}"' for name, data in FILES.items()}
 
 
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/html": {}}},
+    413: described()[413],
+    503: described()[503],
+}
+
+
 @router.get(
     "/ui",
     summary="A page to draw, edit and compare on",
     response_class=Response,
-    responses={200: {"content": {"text/html": {}}}}
-    | {status: described()[status] for status in (413, 503)},
+    responses=ANSWERS,
 )
 async def page(request: Request) -> Response:
     """The page that draws, edits and compares without a line of code.
