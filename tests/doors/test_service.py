@@ -341,7 +341,7 @@ def test_paths_that_nobody_serves_share_a_label(client: TestClient) -> None:
 @pytest.mark.parametrize("value", [b"\xff", b"\xff\\x", b"\xff\\u", b"\xc3("])
 def test_header_bytes_that_are_no_text(client: TestClient, name: bytes, value: bytes) -> None:
     """BentoML's log and OpenTelemetry failed on them, after or before the answer."""
-    scope = {
+    scope: dict[str, Any] = {
         "type": "http",
         "method": "GET",
         "scheme": "http",
