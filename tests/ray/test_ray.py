@@ -184,7 +184,7 @@ def _status(cluster: Cluster, id: str) -> str:
 
 def test_a_caller_that_hangs_up_frees_the_replica(cluster: Cluster) -> None:
     with pytest.raises(httpx.ReadTimeout):
-        cluster.client.post("/generate", json={"prompt": "a", **LONG}, timeout=1)
+        cluster.client.post("/generate_json", json={"prompt": "a", **LONG}, timeout=1)
     until(lambda: cluster.metric("klein_replica_jobs") == 0, 5)
 
 
