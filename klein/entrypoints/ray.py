@@ -268,13 +268,13 @@ def needs_gpu(settings: Settings) -> bool:
 
 def run(replicas: int, host: str, port: int) -> None:
     """Serve from this machine, by a Ray of its own, until SIGINT or SIGTERM; then drain."""
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
     cpus = max(os.cpu_count() or 1, replicas + 1)  # Ray's own count of what may be started
     ray.init(address="local", num_cpus=cpus, include_dashboard=False)
     serve.start(http_options={"host": host, "port": port})
     serve.run(app({"replicas": replicas}), name=NAME)
+    ended = threading.Event()  # set by signals, whose handlers ray.init has replaced
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
     print(f"klein is ready with {replicas} replicas: http://localhost:{port}/ui", flush=True)
     ended.wait()
     serve.shutdown()

@@ -26,7 +26,7 @@ NANO = loras.layers(192, double=2, single=4)
 NAMES = tuple(f"lora{n}.safetensors" for n in range(6))
 QUICK = {"width": 128, "height": 128, "num_inference_steps": 3}
 """A small image: some 50 ms on one core."""
-LONG = {"num_inference_steps": 100, "width": 512, "height": 512}
+LONG = {"num_inference_steps": 100, "width": 256, "height": 256, "num_images": 4}
 """An image that takes seconds."""
 
 
@@ -64,7 +64,7 @@ class Cluster:
         text = self.client.get("/metrics").text
         return len(re.findall(r"^klein_replica_jobs{", text, re.MULTILINE))
 
-    def wait(self, replicas: int, seconds: float = 90) -> float:
+    def wait(self, replicas: int, seconds: float = 150) -> float:
         """Until there are so many, and the seconds that took."""
         return until(lambda: self.replicas() == replicas, seconds)
 
@@ -85,16 +85,18 @@ def at_once(work: Callable[[int], T], count: int, callers: int) -> list[T]:
 
 
 def pids(deployment: str) -> list[int]:
-    """The processes of a deployment's replicas."""
+    """The processes of a deployment's replicas, in this cluster."""
+    home = f"HOME={os.environ['HOME']}".encode()
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
-            title = (entry / "cmdline").read_bytes()
+            title, env = ((entry / name).read_bytes() for name in ("cmdline", "environ"))
         except OSError:
             continue
-        if title.startswith(f"ray::ServeReplica:klein:{deployment}".encode()):
+        mine = home in env.split(b"\0")
+        if mine and title.startswith(f"ray::ServeReplica:klein:{deployment}".encode()):
             found.append(int(entry.name))
     return found
 
