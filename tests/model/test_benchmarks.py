@@ -57,6 +57,7 @@ def test_the_work_of_a_forward_is_counted() -> None:
         assert work == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.long
 def test_cards_from_a_float8_file(tmp_path: Path) -> None:
     """On the CPU with nano's geometry: made, packed, started in a process and drawn with."""
     args = argparse.Namespace(folder=tmp_path, geometry="nano", steps=1)

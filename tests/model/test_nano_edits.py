@@ -106,10 +106,12 @@ def _seen(picture: torch.Tensor, expected: Row) -> Row:
     ],
 )
 def test_an_instruction_changes_what_it_tells(nano: KleinPipeline, prompt: str, told: Row) -> None:
-    """That is as told, and the rest as in the reference."""
+    """That is as told, and the rest as in the reference, but for eyes behind sunglasses."""
     expected = PERSON | told
     seen = _seen(_edit(nano, prompt, PERSON), expected)
-    assert seen == {name: expected[name] for name in LOOKED_AT}
+    hidden = {"eyes"} if expected["glasses"] == "sunglasses" else set()
+    for name in set(LOOKED_AT) - hidden:
+        assert seen[name] == expected[name], name
 
 
 def test_a_thing_of_the_second_reference_goes_to_the_person_of_the_first(

@@ -88,7 +88,14 @@ def apart(skipping: KleinPipeline, whole: KleinPipeline, **values: Any) -> float
 
 
 @pytest.mark.parametrize(
-    ("steps", "shift"), [(15, "bfl"), (15, "linear"), (28, "linear"), (75, 4.0), (100, 8.0)]
+    ("steps", "shift"),
+    [
+        (15, "bfl"),
+        (15, "linear"),
+        (28, "linear"),
+        (75, 4.0),
+        pytest.param(100, 8.0, marks=pytest.mark.long),
+    ],
 )
 def test_images_in_bfloat16(
     skipping: KleinPipeline, whole: KleinPipeline, steps: int, shift: schedule.Shift
