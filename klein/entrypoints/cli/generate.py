@@ -8,13 +8,11 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from klein import logs
-from klein.app import build
-from klein.app.generator import Generated, Generator
 from klein.core import InputInfo, Progress
 from klein.entrypoints.cli.exit_codes import OK
 from klein.errors import InvalidRequest
@@ -25,6 +23,9 @@ from klein.request.formats import FORMAT_ALIASES, FORMATS
 from klein.request.schema import GenerateRequest, parse
 from klein.settings import Settings
 from klein.sources.reference import SUFFIX
+
+if TYPE_CHECKING:
+    from klein.app.generator import Generated, Generator
 
 JSON_FIELDS = ("loras", "images", "extend")
 
@@ -62,6 +63,8 @@ def generate(args: argparse.Namespace) -> int:
     """Draw what the flags ask for and write the files."""
     request = _request(args)
     settings = Settings.from_env(os.environ)
+    from klein.app import build  # help needs none of it
+
     load = build.loader(settings, os.environ)
     logs.say(f"loading {settings.model_id}", logging.INFO)
     generator = build.generator(settings, load)
@@ -211,7 +214,7 @@ def _format(output: Path, asked: str | None) -> str:
     return named
 
 
-def _run(generator: Generator, request: GenerateRequest) -> Generated:
+def _run(generator: "Generator", request: GenerateRequest) -> "Generated":
     params = generator.resolve(request).params
     skipped = schedule.first_step(params.num_inference_steps, params.strength)
     steps = (params.num_inference_steps - skipped) * params.num_images
@@ -229,7 +232,7 @@ def _run(generator: Generator, request: GenerateRequest) -> Generated:
         return asyncio.run(generator.run(request, generator.context(on_progress=on_progress)))
 
 
-def _write(generated: Generated, output: Path) -> None:
+def _write(generated: "Generated", output: Path) -> None:
     encoded = response.encode(generated.result, generated.delivery, generated.marks)
     for image in encoded:
         name = output
