@@ -33,6 +33,7 @@ ENV BENTO_PATH=/home/bentoml/bento \
     MODEL_ID=black-forest-labs/FLUX.2-klein-base-9B \
     HF_HOME=/cache/huggingface \
     KLEIN_LORA_CACHE=/cache/loras \
+    KLEIN_TRANSFORMER_CACHE=/cache/transformers \
     KLEIN_KERNEL_CACHE=/cache/kernels \
     XDG_CACHE_HOME=/cache \
     TORCHINDUCTOR_CACHE_DIR=/cache/torchinductor \

@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 RUFF := $(BIN)/ruff
 # Tests that need torch (tests/conftest.py has the same names); the other folders run without it.
-HEAVY := model bundle gpu page
+HEAVY := model bundle gpu page monitoring ray
 LIGHT := $(filter-out $(HEAVY:%=tests/%/),$(sort $(dir $(wildcard tests/*/test_*.py))))
 # Processes that share the cores: one thread each, and none that spins while it waits.
 QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 export BENTOML_DO_NOT_TRACK := 1
 
-.PHONY: help serve test check unit coverage model-tests long-tests test-page gpu-tests lint types fix lock hooks \
+.PHONY: help serve test check unit coverage model-tests long-tests test-page test-metrics test-ray gpu-tests \
+	attack lint types fix lock hooks \
 	bench bundle docs pictures screenshots clean
 
 help:
@@ -25,10 +26,13 @@ help:
 	@echo "make model-tests  only the tests on the built-in model and of the bento"
 	@echo "make long-tests   what takes minutes: every command of the pages, starts that must fail"
 	@echo "make test-page    the page in a real Chromium (apt-get install chromium)"
+	@echo "make test-metrics the dashboard and the alert rules in a real Prometheus (apt-get install prometheus)"
+	@echo "make test-ray     klein on a real Ray on this machine's CPUs; installs Ray into the environment"
 	@echo "make gpu-tests    the tests that need an NVIDIA GPU"
+	@echo "make attack       hostile requests, fifty callers for five minutes, faults (20 minutes)"
 	@echo "make lint         ruff, mypy and the import layers"
 	@echo "make fix          let ruff repair and format what it can"
-	@echo "make lock         write requirements.lock and requirements-dev.lock; UPGRADE=--upgrade renews"
+	@echo "make lock         write requirements*.lock; UPGRADE=--upgrade renews"
 	@echo "make hooks        run the linters before every commit"
 	@echo "make bench        seconds a picture by stock diffusers and each tier, and the service's share"
 	@echo "make bundle       build the image with Docker and run both of its lives (minutes)"
@@ -62,8 +66,22 @@ long-tests: $(VENV)/.test
 test-page: $(VENV)/.test
 	$(QUIET) $(BIN)/python -m pytest -n 2 --dist loadfile tests/page $(T)
 
+# needs prometheus and promtool: apt-get install prometheus
+test-metrics: $(VENV)/.test
+	$(QUIET) $(BIN)/python -m pytest tests/monitoring $(T)
+
+# Ray's own imports warn; what klein's do is heard in the other tests.
+test-ray: $(VENV)/.ray
+	$(QUIET) $(BIN)/python -m pytest tests/ray -s -W default $(T)
+
 gpu-tests: $(VENV)/.test
 	$(BIN)/python -m pytest tests/gpu $(T)
+
+# what docs/reliability.md promises, in its long form; root can try the faults of a disk too
+attack: $(VENV)/.test
+	EXAMPLES=300 $(BIN)/python -m pytest --timeout 0 -s tests/attacks/test_openapi.py
+	$(QUIET) $(BIN)/python -m tests.attacks.load
+	$(QUIET) $(BIN)/python -m tests.attacks.faults
 
 lint: types
 	$(RUFF) check .
@@ -87,6 +105,7 @@ lock: $(VENV)/.test
 	$(BIN)/uv $(UV_LOCK) $(UPGRADE) requirements.txt --no-emit-package torch -o requirements.lock
 	grep '^torch==' requirements.txt >>requirements.lock
 	$(BIN)/uv $(UV_LOCK) $(UPGRADE) requirements-dev.txt -c requirements.lock -o requirements-dev.lock
+	$(BIN)/uv $(UV_LOCK) $(UPGRADE) requirements-ray.txt -c requirements.lock -o requirements-ray.lock
 
 # BUNDLE="--image klein:local" tries an image that is there already; see tests/bundle/image.py
 bundle: $(VENV)/.test
@@ -105,6 +124,10 @@ $(VENV)/.serve: requirements.lock requirements.txt | $(VENV)/bin/python
 
 $(VENV)/.test: requirements-dev.lock $(VENV)/.serve
 	$(PIP) --no-deps --require-hashes -r requirements-dev.lock
+	@touch $@
+
+$(VENV)/.ray: requirements-ray.lock $(VENV)/.test
+	$(PIP) --no-deps --require-hashes -r requirements-ray.lock
 	@touch $@
 
 # stock diffusers and the tiers side by side, then what the service costs over the bare call

@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.nano import GUIDANCE, STEPS, Nano, Pictures, distance, run
 from klein.inference.denoise import Embeddings, Run, Step, Tokens, denoise, noise_levels
 from klein.models.samplers import SAMPLERS
-from klein.models.schedule import MU_RANGE, SCHEDULES, Schedule, mu_of
+from klein.models.schedule import MU_RANGE, SCHEDULES, Shift, mu_of
 from klein.models.speed import STEP_SKIPPING, StepSkipping
 
 Way = Callable[[Nano], tuple[Pictures, int]]
@@ -77,10 +77,10 @@ def by_steps(nano: Nano) -> Iterator[str]:
 
 SLOPE, LEVEL = 3.0, 0.5
 SIDES = (64, 256, 512, 640, 768, 960, 1024, 1072, 1088, 1280, 1536, 1792, 2048)
-SCHEDULE_GRID: tuple[Schedule, ...] = (*SCHEDULES, *MU_RANGE, 2.5, 4.0)
+SCHEDULE_GRID: tuple[Shift, ...] = (*SCHEDULES, *MU_RANGE, 2.5, 4.0)
 
 
-def worst_error(schedule: Schedule, image_tokens: int, steps: int) -> float:
+def worst_error(schedule: Shift, image_tokens: int, steps: int) -> float:
     """The largest error of a skipped step's velocity in bfloat16, where the true one is a straight
     line over the noise levels; as a share of it. Infinite if one is not finite."""
     mu = mu_of(schedule, image_tokens, steps)

@@ -30,13 +30,13 @@ COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 EDITS: dict[str, tuple[tuple[str, str], ...]] = {
-    "editing.png": (
+    "editing.webp": (
         ("woman.png", "drawn from words"),
         ("sunglasses.png", "an edit of it"),
         ("alien.png", "of that one, with a LoRA"),
         ("hat.png", "repainted through a mask"),
     ),
-    "references.png": (
+    "references.webp": (
         ("woman.png", "image 1"),
         ("man.png", "image 2"),
         ("clothes.png", "both"),
@@ -103,26 +103,32 @@ def strip(name: str, paths: list[Path]) -> None:
         path.unlink()
 
 
-def sheet(name: str, columns: list[list[Drawn]]) -> None:
-    """A column for each way, its title above and the proof of its LoRAs below."""
-    rows = len(columns[0])
-    size = (
-        len(columns) * (SIDE + GAP) + GAP,
-        HEAD + rows * (SIDE + GAP) + FOOT,
-    )
+def card(name: str, columns: list[tuple[str, list[Image.Image], str]]) -> None:
+    """A column for each title: its pictures below one another, and a note at its foot."""
+    rows = len(columns[0][1])
+    size = (len(columns) * (SIDE + GAP) + GAP, HEAD + rows * (SIDE + GAP) + FOOT)
     whole = Image.new("RGBA", size)
     pen = ImageDraw.Draw(whole)
     pen.rounded_rectangle((0, 0, size[0] - 1, size[1] - 1), RADIUS, CARD)
-    title, note = ImageFont.load_default(19), ImageFont.load_default(15)
-    for number, ((text, _), drawn) in enumerate(zip(COLUMNS, columns, strict=True)):
+    large, small = ImageFont.load_default(19), ImageFont.load_default(14)
+    for number, (title, pictures, note) in enumerate(columns):
         left = GAP + number * (SIDE + GAP)
         middle = left + SIDE / 2
-        pen.text((middle, HEAD / 2), text, TITLE, title, anchor="mm")
-        for row, part in enumerate(drawn):
-            whole.paste(part.image, (left, HEAD + row * (SIDE + GAP)))
-        foot = (middle, HEAD + rows * (SIDE + GAP) + (FOOT - GAP) / 2)
-        pen.multiline_text(foot, proof(drawn[0].reports), NOTE, note, anchor="mm", align="center")
-    whole.save(FOLDER / name, optimize=True)
+        pen.text((middle, HEAD / 2), title, TITLE, large, anchor="mm")
+        for row, picture in enumerate(pictures):
+            whole.paste(picture, (left, HEAD + row * (SIDE + GAP)))
+        foot = (middle, size[1] - FOOT / 2 - GAP / 4)
+        pen.multiline_text(foot, note, NOTE, small, anchor="mm", align="center", spacing=2)
+    whole.save(FOLDER / name, quality=90, method=6)
+
+
+def loras(name: str) -> None:
+    """The same prompts with each set of LoRAs, and the proof of what these did."""
+    columns = []
+    for title, paths in COLUMNS:
+        drawn = [draw_with(prompt, seed, paths) for prompt, seed in ZIBBO]
+        columns.append((title, [each.image for each in drawn], proof(drawn[0].reports)))
+    card(name, columns)
 
 
 def run_page(page: Path, folder: Path) -> None:
@@ -135,23 +141,13 @@ def run_page(page: Path, folder: Path) -> None:
 
 
 def edits(name: str, folder: Path) -> None:
-    """A strip: the line above each picture, and below it the prompt that is in its file."""
-    size = (len(EDITS[name]) * (SIDE + GAP) + GAP, HEAD + SIDE + GAP + FOOT)
-    whole = Image.new("RGBA", size)
-    pen = ImageDraw.Draw(whole)
-    pen.rounded_rectangle((0, 0, size[0] - 1, size[1] - 1), RADIUS, CARD)
-    title, note = ImageFont.load_default(19), ImageFont.load_default(14)
-    for number, (file, text) in enumerate(EDITS[name]):
+    """A strip of the page's pictures, below each the prompt that is in its file."""
+    columns = []
+    for file, title in EDITS[name]:
         image = Image.open(folder / file)
         prompt = image.text["parameters"].split("\nNegative prompt")[0]  # type: ignore[attr-defined]
-        left = GAP + number * (SIDE + GAP)
-        middle = left + SIDE / 2
-        pen.text((middle, HEAD / 2), text, TITLE, title, anchor="mm")
-        whole.paste(image.convert("RGB"), (left, HEAD))
-        lines = textwrap.fill(prompt, LETTERS)
-        foot = (middle, HEAD + SIDE + FOOT / 2 + GAP / 2)
-        pen.multiline_text(foot, lines, NOTE, note, anchor="mm", align="center", spacing=2)
-    whole.save(FOLDER / name, optimize=True)
+        columns.append((title, [image.convert("RGB")], textwrap.fill(prompt, LETTERS)))
+    card(name, columns)
 
 
 def mask() -> None:
@@ -168,10 +164,7 @@ def main() -> None:
         run_page(ROOT / "docs/editing.md", Path(folder))
         for name in EDITS:
             edits(name, Path(folder))
-    sheet(
-        "loras.png",
-        [[draw_with(prompt, seed, loras) for prompt, seed in ZIBBO] for _, loras in COLUMNS],
-    )
+    loras("loras.webp")
     tiers = [draw(f"{tier}.png", WOMAN, "--seed", "4", speed=tier) for tier in TIERS]
     strip("tiers.png", tiers)
 

@@ -3,7 +3,7 @@
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -94,7 +94,8 @@ class LoraReport:
 
     `effective_scale` is scale · alpha / rank (the mean over layers that differ), `relative_change`
     the mean over its layers of |scale · ΔW| / |W| (Frobenius norms), `seconds` what it took to put
-    all LoRAs of the job on.
+    all LoRAs of the job on. `merged_into` is what the model's weights come in: into "float8" ones a
+    LoRA is merged in float32, and they are rounded to float8 again, so it acts nearly as trained.
     """
 
     path: str
@@ -109,22 +110,26 @@ class LoraReport:
     effective_scale: float | None = None
     relative_change: float | None = None
     trigger_words: tuple[str, ...] = ()
+    merged_into: str | None = None
     seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratedImage:
     """One image, RGB, of the size in the parameters, or of the picture that was repainted; then
-    `unchanged_pixels` counts those that are the caller's own, bit for bit."""
+    `unchanged_pixels` counts those that are the caller's own, bit for bit. `file` is the image as
+    it leaves, where another process has written it already."""
 
     seed: int
     image: "Image"
     unchanged_pixels: int | None = None
+    file: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The model that drew a picture, and on what; `speed` is the tier in force."""
+    """The model that drew a picture, and on what; `speed` is the tier in force, `transformer` the
+    file that its transformer's weights are from, where that is not the model's own."""
 
     id: str
     revision: str | None
@@ -136,13 +141,21 @@ class ModelInfo:
     attention: str = "torch's own attention"
     speed: str = "eager"
     speed_options: tuple[str, ...] = ()
+    transformer: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The model's name, and its file's, without a comma."""
+        file = f" ({self.transformer.replace(',', '_')})" if self.transformer else ""
+        return f"{self.spec.name}{file}"
 
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds by stage; `queue` is everything between a request's arrival and its first stage on
-    the device, `total` the whole."""
+    """Seconds by stage: `fetch` from a request's arrival until its LoRAs and pictures are at hand,
+    `queue` from there until the device is free, `total` the whole."""
 
+    fetch: float = 0.0
     queue: float = 0.0
     text: float = 0.0
     lora: float = 0.0
@@ -153,19 +166,57 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class FilterNote:
+    """What a filter said of image `image` (from 1), or of the request, where both numbers are
+    None. What was `refused` does not leave."""
+
+    reason: str
+    refused: bool
+    image: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FilterReport:
+    """The filter that saw a result, and all that it had to say."""
+
+    name: str
+    notes: tuple[FilterNote, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """What happened. `mu` and `sigmas` are those of the run, `forwards` the transformer's."""
+    """What happened. `mu` and `sigmas` are those of the run, `forwards` the transformer's; `mu` is
+    None where the request gave its noise levels. `inputs` are the caller's pictures, and `filter`
+    is None where there is no filter."""
 
     id: str
     params: GenerationParams
     images: tuple[GeneratedImage, ...]
     loras: tuple[LoraReport, ...]
-    mu: float
+    mu: float | None
     sigmas: tuple[float, ...]
     forwards: int
     timings: Timings
     warnings: tuple[str, ...]
     model: ModelInfo
+    inputs: "EditInputs | None" = None
+    filter: FilterReport | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of a request, at its end. `started` is in nanoseconds since 1970; `detail` says
+    how much of what was done, such as its steps."""
+
+    name: str
+    started: int
+    seconds: float
+    detail: Mapping[str, int]
+
+
+def ignore_stage(_: Stage) -> None:
+    """Of a request that nobody traces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,14 +269,15 @@ class RequestContext:
     """What goes with one request from its arrival to its answer: who it is, how long it may take,
     whether its caller gave it up, and who wants to hear of its progress.
 
-    `deadline` and `submitted` are on the clock of `time.monotonic`; `on_progress` is called in any
-    thread.
+    `deadline` and `submitted` are on the clock of `time.monotonic`; `on_progress` and `on_stage`
+    are called in any thread.
     """
 
     deadline: float
     id: str = field(default_factory=new_id)
     on_progress: Callable[[Progress], None] = lambda _: None
     previews: PreviewRequest | None = None
+    on_stage: Callable[[Stage], None] = ignore_stage
     submitted: float = field(default_factory=time.monotonic)
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -260,12 +312,13 @@ class RequestContext:
 class InputImage:
     """A caller's picture as a pipeline uses it: RGB, upright, already at the size it is used at,
     both sides multiples of 16. `sha256` is of the bytes as sent, `width` and `height` their
-    upright size."""
+    upright size, and `data` those bytes."""
 
     image: "Image"
     sha256: str
     width: int
     height: int
+    data: bytes = b""
 
     @property
     def tokens(self) -> int:
@@ -295,22 +348,29 @@ class EditInputs:
 @dataclass(frozen=True, slots=True)
 class Job:
     """What a pipeline is to draw: `params` with everything settled, the files that `params.loras`
-    led to (or why one could not be had), what was changed on the way, and the pictures sent."""
+    led to (or why one could not be had), what was changed on the way, the pictures sent, and what
+    the filter said of the request. `ready` is when all that was known, on the clock of
+    `time.monotonic`."""
 
     context: RequestContext
     params: GenerationParams
     loras: tuple[LoraFile | LoraError, ...] = ()
     warnings: tuple[str, ...] = ()
     inputs: EditInputs = EditInputs()
+    notes: tuple[FilterNote, ...] = ()
+    ready: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineStats:
-    """A pipeline now: why its tier is no faster one, GPU kernels compiled since the start, and
-    bytes of GPU memory (None without a GPU)."""
+    """A pipeline now: why its tier is no faster one; since the start, GPU kernels compiled, jobs
+    that ran out of GPU memory and were tried again, and changes of the LoRAs in the weights; bytes
+    of GPU memory (None without a GPU)."""
 
     speed_why: str = ""
     kernels_compiled: int = 0
+    memory_retries: int = 0
+    lora_switches: int = 0
     gpu_memory_free: int | None = None
     gpu_memory_total: int | None = None
 

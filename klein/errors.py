@@ -18,8 +18,11 @@ KleinError
 ├── DeadlineExceeded     the job ran out of time
 ├── Cancelled            the caller gave the job up
 ├── OutOfMemory          the picture did not fit into memory
+├── RefusedByFilter      the operator's filter lets a request or its images not through
+├── FilterFailed         the operator's filter raised, or gave no answer in time
 ├── OutputTooLarge       the result is larger than the platform carries
-├── DeliveryFailed       the bucket did not take the picture
+├── DeliveryFailed       the bucket did not take the picture; it may, later
+│   └── DeliveryRefused  the bucket says no to its name, its keys or the picture
 └── InternalError        a fault of klein itself
 """
 
@@ -51,8 +54,11 @@ class ErrorCode(StrEnum):
     DEADLINE_EXCEEDED = "deadline_exceeded"
     CANCELLED = "cancelled"
     OUT_OF_MEMORY = "out_of_memory"
+    REFUSED_BY_FILTER = "refused_by_filter"
+    FILTER_FAILED = "filter_failed"
     OUTPUT_TOO_LARGE = "output_too_large"
     DELIVERY_FAILED = "delivery_failed"
+    DELIVERY_REFUSED = "delivery_refused"
     INTERNAL = "internal"
 
 
@@ -152,6 +158,15 @@ class OutOfMemory(KleinError):
     retryable = True
 
 
+class RefusedByFilter(KleinError):
+    code = ErrorCode.REFUSED_BY_FILTER
+
+
+class FilterFailed(KleinError):
+    code = ErrorCode.FILTER_FAILED
+    retryable = True
+
+
 class OutputTooLarge(KleinError):
     code = ErrorCode.OUTPUT_TOO_LARGE
 
@@ -159,6 +174,11 @@ class OutputTooLarge(KleinError):
 class DeliveryFailed(KleinError):
     code = ErrorCode.DELIVERY_FAILED
     retryable = True
+
+
+class DeliveryRefused(DeliveryFailed):
+    code = ErrorCode.DELIVERY_REFUSED
+    retryable = False
 
 
 class InternalError(KleinError):

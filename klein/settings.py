@@ -1,5 +1,6 @@
 """The settings of a deployment: one table row each, read once from the environment by a door."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -8,7 +9,11 @@ from typing import Any, Literal
 from klein.errors import BadSetting, unknown
 
 Offload = Literal["auto", "none", "model", "sequential"]
+PICTURES_MB = 50
+"""Of all pictures of a request together, as files."""
 OFFLOADS: tuple[Offload, ...] = ("auto", "none", "model", "sequential")
+Metadata = Literal["full", "minimal", "none"]
+METADATA: tuple[Metadata, ...] = ("full", "minimal", "none")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -48,6 +53,27 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(name.strip() for name in text.split(",") if name.strip())
 
 
+def _loras(text: str) -> tuple[tuple[str, float], ...]:
+    """`PATH` or `PATH:SCALE`, separated by commas."""
+    found = []
+    for named in (part.strip() for part in text.split(",") if part.strip()):
+        path, colon, scale = named.rpartition(":")
+        try:
+            own = float(scale) if colon and path != "civitai" else None
+        except ValueError:
+            own = None
+        if own is not None and not -4 <= own <= 4:
+            raise ValueError("must have scales between -4 and 4")
+        found.append((named, 1.0) if own is None else (path, own))
+    return tuple(found)
+
+
+def _callable_name(text: str) -> str:
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+", text):
+        raise ValueError("must be package.module:name")
+    return text
+
+
 def _folder(text: str) -> Path:
     path = Path(text).expanduser()
     if not path.is_dir():
@@ -72,6 +98,25 @@ class Settings:
     model_revision: str | None = _setting(
         "MODEL_REVISION", None, str, "commit, tag or branch of the Hub repository"
     )
+    transformer: str | None = _setting(
+        "KLEIN_TRANSFORMER",
+        None,
+        str,
+        "one .safetensors file in place of the model's transformer: a path, "
+        "`owner/repo:file.safetensors[@revision]`, an https address or `civitai:VERSION`",
+    )
+    transformer_cache: Path = _setting(
+        "KLEIN_TRANSFORMER_CACHE",
+        Path("~/.cache/klein/transformers"),
+        Path,
+        "folder of such files that were fetched; may be a volume, or read-only",
+    )
+    transformer_cache_gb: float = _setting(
+        "KLEIN_TRANSFORMER_CACHE_GB",
+        60.0,
+        _number(float, 0, 10000),
+        "its size limit in GB; the longest unused goes first",
+    )
     hf_token: Secret | None = _setting(
         "HF_TOKEN", None, Secret, "Hugging Face token for gated models and private LoRAs"
     )
@@ -80,6 +125,12 @@ class Settings:
         "serve",
         _choice("serve", "runpod"),
         "what the image starts when it is given no command: `serve` or `runpod`",
+    )
+    log_format: str = _setting(
+        "KLEIN_LOG_FORMAT",
+        "text",
+        _choice("text", "json"),
+        "`text`, or `json`: one object a line, with request id, job id and stage",
     )
     device: str = _setting(
         "KLEIN_DEVICE", "auto", _choice("auto", "cuda", "cpu"), "`auto`, `cuda` or `cpu`"
@@ -94,7 +145,8 @@ class Settings:
         "KLEIN_SPEED",
         "auto",
         _choice("auto", "eager", "exact", "fast", "turbo"),
-        "the tier: `auto` (`exact` on a GPU, `eager` without), `eager`, `exact`, `fast` or `turbo`",
+        "the tier: `auto` (`exact` on a GPU, `fast` there with float8 weights, `eager` without), "
+        "`eager`, `exact`, `fast` or `turbo`",
     )
     attention: str = _setting(
         "KLEIN_ATTENTION",
@@ -119,6 +171,13 @@ class Settings:
     )
     lora_dir: Path | None = _setting(
         "KLEIN_LORA_DIR", None, _folder, "the only folder local LoRAs are read from"
+    )
+    base_loras: tuple[tuple[str, float], ...] = _setting(
+        "KLEIN_BASE_LORAS",
+        (),
+        _loras,
+        "LoRAs that are always on, merged before a request's: `PATH` or `PATH:SCALE`, separated by "
+        "commas",
     )
     lora_cache: Path = _setting(
         "KLEIN_LORA_CACHE",
@@ -161,9 +220,10 @@ class Settings:
     )
     max_body_mb: float = _setting(
         "KLEIN_MAX_BODY_MB",
-        48.0,
+        PICTURES_MB * 4 // 3 + 2.0,  # in base64, and the rest of the JSON
         _number(float, 1, 1000),
-        "largest request body in MB on routes that take pictures; 1 MB elsewhere",
+        f"largest request body in MB on routes that take pictures, by default enough for "
+        f"{PICTURES_MB} MB of them in base64; 1 MB elsewhere",
     )
     prompt_loras: bool = _setting(
         "KLEIN_PROMPT_LORAS", False, _switch, "`on` understands `<lora:name:0.8>` in prompts"
@@ -184,10 +244,50 @@ class Settings:
         "KLEIN_S3_ENDPOINT", None, str, "S3 endpoint URL for `return_type: url`"
     )
     s3_bucket: str | None = _setting("KLEIN_S3_BUCKET", None, str, "bucket the pictures go to")
+    s3_region: str = _setting(
+        "KLEIN_S3_REGION",
+        "auto",
+        str,
+        "the bucket's region, which signs its links: `eu-central-1` and the like on AWS",
+    )
     s3_key_id: Secret | None = _setting("KLEIN_S3_KEY_ID", None, Secret, "access key id")
     s3_secret: Secret | None = _setting("KLEIN_S3_SECRET", None, Secret, "secret access key")
     s3_expiry: int = _setting(
         "KLEIN_S3_EXPIRY", 86400, _number(int, 60, 604800), "seconds a picture's URL stays valid"
+    )
+    ai_mark: bool = _setting(
+        "KLEIN_AI_MARK",
+        True,
+        _switch,
+        "every image says in IPTC's words that AI made it; `off` leaves that out",
+    )
+    metadata: Metadata = _setting(
+        "KLEIN_METADATA",
+        "full",
+        _choice(*METADATA),
+        "parameters inside images: `full` draws one again, `minimal` has no prompts, LoRAs or "
+        "input images, `none` nothing",
+    )
+    c2pa_cert: Path | None = _setting(
+        "KLEIN_C2PA_CERT",
+        None,
+        Path,
+        "a PEM file, the certificate chain that C2PA manifests are signed with, its own one first",
+    )
+    c2pa_key: Path | None = _setting(
+        "KLEIN_C2PA_KEY", None, Path, "a PEM file, the private key of the first certificate"
+    )
+    filter: str | None = _setting(
+        "KLEIN_FILTER",
+        None,
+        _callable_name,
+        "`package.module:name` of a function that may refuse or mark requests and images",
+    )
+    filter_seconds: float = _setting(
+        "KLEIN_FILTER_SECONDS",
+        30.0,
+        _number(float, 0.1, 600),
+        "seconds the filter may take for a request or an image; after that it is an error",
     )
     jobs_keep_seconds: float = _setting(
         "KLEIN_JOBS_KEEP_SECONDS",

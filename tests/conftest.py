@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 TORCH = ("torch", "diffusers", "transformers", "peft", "accelerate")
-HEAVY = ("model", "bundle", "gpu", "page")
+HEAVY = ("model", "bundle", "gpu", "page", "monitoring", "ray")
 """The folders whose tests need torch; the Makefile has the same names."""
 
 

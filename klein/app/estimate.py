@@ -1,5 +1,6 @@
 """How long a job will take, learnt from the jobs that were drawn."""
 
+import heapq
 import time
 from dataclasses import dataclass
 
@@ -44,14 +45,16 @@ class StepTimes:
         return before + denoising + self._decode * params.num_images
 
     def wait(self, queue: QueueView, ahead: int) -> float | None:
-        """Until the GPU is done with its job and the first `ahead` that wait."""
-        if self._token_step is None:
+        """Until a GPU is free of the jobs on it and of the first `ahead` that wait."""
+        if self._token_step is None or not queue.workers:
             return None
-        waiting = sum(self._whole(job) for job in queue.waiting[:ahead])
-        if queue.running is None:
-            return waiting
-        elapsed = time.monotonic() - queue.started
-        return waiting + max(0.0, self._whole(queue.running) - elapsed)
+        now = time.monotonic()
+        ends = [max(0.0, self._whole(each.job) - (now - each.started)) for each in queue.running]
+        ends += [0.0] * (queue.workers - len(ends))
+        heapq.heapify(ends)
+        for job in queue.waiting[:ahead]:
+            heapq.heapreplace(ends, ends[0] + self._whole(job))
+        return ends[0]
 
     def _whole(self, job: Job) -> float:
         return self.seconds(job.params) or 0.0

@@ -6,10 +6,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import copy_context
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
+from klein import logs
+from klein.app.account import Account, outcome_of
 from klein.app.estimate import StepTimes
+from klein.app.filter import NO_PREVIEWS, Filter
+from klein.app.lanes import Lanes
 from klein.app.metrics import Recorder
 from klein.app.prepare import prepare
 from klein.core import (
@@ -19,27 +26,35 @@ from klein.core import (
     PreviewRequest,
     Progress,
     RequestContext,
+    ignore_stage,
     new_id,
 )
 from klein.engine.engine import Engine
 from klein.errors import QueueFull
 from klein.lora.library import LoraLibrary
+from klein.lora.spec import LoraSpec
 from klein.output.delivery import Bucket
+from klein.output.marks import Marks
 from klein.output.response import require_bucket
 from klein.request.resolve import Resolved, resolve
 from klein.request.schema import GenerateRequest
 from klein.settings import Settings
-from klein.sources.fetch import Fetcher
+from klein.sources.fetch import Fetcher, ignore_size
+
+if TYPE_CHECKING:
+    from klein.app.tracing import Tracing
 
 PREPARING_THREADS = 4
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """A result, and how it was asked to leave."""
+    """A result, how it was asked to leave, and what its images say of themselves."""
 
     result: GenerationResult
     delivery: Delivery
+    marks: Marks
 
 
 class Generator:
@@ -52,18 +67,26 @@ class Generator:
         settings: Settings,
         bucket: Bucket | None,
         recorder: Recorder | None = None,
+        tracing: "Tracing | None" = None,
     ) -> None:
+        """Raises BadSetting for a filter that cannot be loaded or marks that cannot be made."""
         self.engine = engine
         self.library = library
         self.settings = settings
         self.bucket = bucket
+        self.marks = Marks.from_settings(settings)
+        self.filter = Filter.from_settings(settings)
         self.recorder = recorder
-        self._fetcher = Fetcher(settings.fetch_hosts)
+        self.tracing = tracing
+        on_received = recorder.received("image") if recorder else ignore_size
+        self._fetcher = Fetcher(settings.fetch_hosts, on_received=on_received)
         self.step_times = StepTimes()
         self._preparing = 0
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(PREPARING_THREADS, "klein-prepare")
+        self.lanes = Lanes()
         engine.on_change(self._observe)
+        self._observe()
 
     def context(
         self,
@@ -73,7 +96,8 @@ class Generator:
     ) -> RequestContext:
         """A context whose deadline is KLEIN_TIMEOUT from now; without `id` it makes its own."""
         deadline = time.monotonic() + self.settings.timeout
-        return RequestContext(deadline, id or new_id(), on_progress, previews)
+        on_stage = self.tracing.stage if self.tracing else ignore_stage
+        return RequestContext(deadline, id or new_id(), on_progress, previews, on_stage)
 
     def resolve(self, request: GenerateRequest) -> Resolved:
         """Decide what will be drawn; raises InvalidRequest, or NotReady before a model is there."""
@@ -83,6 +107,7 @@ class Generator:
             self.engine.pipeline.info.spec,
             lambda: secrets.randbelow(2**32),
             prompt_loras=self.settings.prompt_loras,
+            base_loras=tuple(LoraSpec(*named) for named in self.settings.base_loras),
         )
 
     async def run(self, request: GenerateRequest, context: RequestContext) -> Generated:
@@ -90,51 +115,84 @@ class Generator:
 
         Cancelling the waiter cancels the work and returns once the GPU is free of it.
         """
-        with self._recorded() as record:
-            generated = await self._run(request, context)
-            record(generated.result)
-        return generated
+        with self._account(context.id) as account:
+            resolved = self.resolve(request)
+            account.params, account.speed = resolved.params, self.engine.pipeline.info.speed
+            account.result = await self._run(resolved, context)
+            return Generated(account.result, resolved.delivery, self.marks)
 
     @contextmanager
-    def _recorded(self) -> Iterator[Callable[[GenerationResult], None]]:
-        """Tells the metrics how what is inside ends."""
-        if self.recorder is None:
-            yield lambda _: None
-            return
-        try:
-            yield self.recorder.finished
-        except BaseException as error:
-            self.recorder.failed(error)
-            raise
-        finally:
-            self._observe()
+    def _account(self, id: str) -> Iterator[Account]:
+        """Tells trace, metrics and log how what is inside ends."""
+        account = Account(id)
+        traced = self.tracing.request(account) if self.tracing else nullcontext()
+        with logs.fields(request_id=id), traced:
+            try:
+                yield account
+            except BaseException as error:
+                account.outcome = outcome_of(error)
+                raise
+            finally:
+                if self.recorder is not None:
+                    self.recorder.count(account)
+                account.log()
+                self._observe()
+
+    def streaming(self) -> AbstractContextManager[None]:
+        """Counts an event stream while it is open."""
+        return self.recorder.stream() if self.recorder else nullcontext()
 
     def _observe(self) -> None:
         """Show the queue in the metrics as it is now."""
         if self.recorder is not None:
-            self.recorder.update(self.engine)
+            self.recorder.update(self.engine, self.library)
 
-    async def _run(self, request: GenerateRequest, context: RequestContext) -> Generated:
-        resolved = self.resolve(request)
+    async def _run(self, resolved: Resolved, context: RequestContext) -> GenerationResult:
         self.engine.require_place()
-        if resolved.needs_preparing:
-            job = await self._prepare(resolved, context)
-            result = await self.engine.run(job, admitted=True)
-        else:
-            result = await self.engine.run(Job(context, resolved.params, (), resolved.warnings))
+        result = await self.draw(resolved, context)
         self.step_times.learn(result)
-        return Generated(result, resolved.delivery)
+        return result
+
+    async def render(self, generated: Generated, work: Callable[[Generated], T]) -> T:
+        """`work` on a result, which encodes its images and may put them into the bucket: in a
+        thread that only such work can hold up."""
+        by_link = self.bucket is not None and generated.delivery.return_type == "url"
+        lane = self.lanes.delivery if by_link else self.lanes.encoding
+        return await lane.run(partial(work, generated))
+
+    async def draw(self, resolved: Resolved, context: RequestContext) -> GenerationResult:
+        """Fetch and read what a resolved request needs, draw it, and ask the filter; raises a
+        KleinError."""
+        if self.filter and context.previews:
+            context = replace(context, previews=None)
+            resolved = replace(resolved, warnings=(*resolved.warnings, NO_PREVIEWS))
+        ahead = self.filter is not None or resolved.needs_preparing
+        if ahead:
+            job = await self._prepare(resolved, context)
+        else:
+            job = Job(context, resolved.params, (), resolved.warnings)
+        result = await self.engine.run(job, admitted=ahead)
+        if self.filter:
+            result = await self.filter.check_images(job, result)
+        return replace(result, inputs=job.inputs)
 
     def retry_after(self) -> float | None:
         """Seconds until a place in the queue is free, as far as measured step times tell."""
         return self.step_times.wait(self.engine.queue(), ahead=0)
 
+    def warm(self) -> dict[str, list[str]] | None:
+        """The LoRA sets that each replica drew last, where there are several replicas."""
+        return None
+
     async def _prepare(self, resolved: Resolved, context: RequestContext) -> Job:
-        """`prepare` in a thread. Whoever waits can leave at the deadline: the thread ends later."""
+        """`prepare` in a thread, then the filter. Whoever waits can leave at the deadline: the
+        thread ends later."""
         with self._place():
             loop = asyncio.get_running_loop()
             work = loop.run_in_executor(
-                self._threads, prepare, resolved, context, self.library, self._fetcher
+                self._threads,
+                copy_context().run,
+                partial(prepare, resolved, context, self.library, self._fetcher),
             )
             try:
                 await asyncio.wait({work}, timeout=context.deadline - time.monotonic())
@@ -143,16 +201,18 @@ class Generator:
                 raise
             if not work.done():
                 context.check()
-            return await work
+            job = await work
+            return await self.filter.check_request(job) if self.filter else job
 
     @contextmanager
     def _place(self) -> Iterator[None]:
-        """One of the places for requests that fetch, which are counted apart from the queue's."""
+        """One of the places for requests that fetch or are filtered, which are counted apart from
+        the queue's."""
         with self._lock:
             if self._preparing >= self.settings.queue_size:
                 raise QueueFull(
-                    f"{self._preparing} requests are waiting for LoRAs or images: try again later, "
-                    "or raise KLEIN_QUEUE_SIZE"
+                    f"{self._preparing} requests are waiting for LoRAs, images or the filter: try "
+                    "again later, or raise KLEIN_QUEUE_SIZE"
                 )
             self._preparing += 1
         try:
@@ -162,6 +222,7 @@ class Generator:
                 self._preparing -= 1
 
     def stop(self) -> None:
-        """End the engine and the preparing threads."""
+        """End the engine and the threads beside it."""
         self.engine.stop()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self.lanes.stop()

@@ -210,7 +210,7 @@ def _checked(mask: "Image", size: Size) -> "Image":
 
 
 def _used(picture: Picture, image: "Image") -> InputImage:
-    return InputImage(image, picture.sha256, *picture.image.size)
+    return InputImage(image, picture.sha256, *picture.image.size, picture.data)
 
 
 def _info(picture: InputImage, tokens: int) -> InputInfo:

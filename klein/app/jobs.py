@@ -16,6 +16,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from klein import logs
 from klein.app.generator import Generated, Generator
 from klein.app.job import LAST_EVENTS, Job, JobSpec, Output, Status, WebhookEvent, told_input
 from klein.app.webhooks import Webhooks
@@ -135,7 +136,8 @@ class JobRegistry:
         """Counts an open event stream."""
         self._streams[owner] = self._streams.get(owner, 0) + 1
         try:
-            yield
+            with self._generator.streaming():
+                yield
         finally:
             self._streams[owner] -= 1
             if not self._streams[owner]:
@@ -167,16 +169,22 @@ class JobRegistry:
             webhook=spec.webhook,
             webhook_events=spec.webhook_events,
         )
-        job.context = self._context(own, job, spec.previews)
+        job.context = self._context(own, job, spec)
         self._jobs[owner, job.id] = job
-        job.task = asyncio.create_task(self._draw(job.id, spec, job.context))
+        with logs.fields(job_id=job.id):
+            job.task = asyncio.create_task(self._draw(job.id, spec, job.context))
         job.task.add_done_callback(partial(self._end, job))
         return job
+
+    @property
+    def under_way(self) -> int:
+        """Jobs that are not over."""
+        return sum(not job.over for job in self._jobs.values())
 
     def _require_room(self, spec: JobSpec) -> None:
         if self._stopping:
             raise NotReady("klein is shutting down: try another worker")
-        if sum(not job.over for job in self._jobs.values()) >= MAX_JOBS:
+        if self.under_way >= MAX_JOBS:
             raise QueueFull(f"{MAX_JOBS} jobs are under way already: try again later")
         if spec.webhook is None:
             return
@@ -187,7 +195,7 @@ class JobRegistry:
             )
         self.webhooks.require_allowed(spec.webhook)
 
-    def _context(self, id: str, job: Job, previews: bool) -> RequestContext:
+    def _context(self, id: str, job: Job, spec: JobSpec) -> RequestContext:
         """A context whose progress and previews are heard in the loop."""
         told = 0.0
 
@@ -199,17 +207,20 @@ class JobRegistry:
                 told = time.monotonic()
             self._hop(self._on_progress, job, progress)
 
-        receive = partial(self._hop, self._on_preview, job)
-        wanted = PreviewRequest(receive, every=PREVIEW_EVERY) if previews else None
+        receive = partial(self._hop, self._on_preview, job, self._generator.marks.xmp(spec.request))
+        sent = spec.previews and self._generator.filter is None
+        wanted = PreviewRequest(receive, every=PREVIEW_EVERY) if sent else None
         return self._generator.context(id, on_progress, wanted)
 
     async def _draw(self, id: str, spec: JobSpec, context: RequestContext) -> Output:
         generated = await self._generator.run(spec.request, context)
-        bucket = self._generator.bucket
+        return await self._generator.render(generated, partial(self._output, id, spec.links))
+
+    def _output(self, id: str, links: bool, generated: Generated) -> Output:
         if generated.delivery.return_type == "url":
-            made = (generated.result, generated.delivery, bucket)
-            return Output(await asyncio.to_thread(response.to_json, *made), ())
-        return await asyncio.to_thread(_encode, id, generated, spec.links)
+            made = (generated.result, generated.delivery, generated.marks, self._generator.bucket)
+            return Output(response.to_json(*made), ())
+        return _encode(id, generated, links)
 
     async def _accept(self, job: Job) -> None:
         """Let the first step of the job's task run, which finds it a place in the queue or
@@ -237,13 +248,13 @@ class JobRegistry:
         """Tell each job that waits of its position if that has changed, and who is drawn now."""
         queue, times = self._generator.engine.queue(), self._generator.step_times
         places = {job.context.id: (n, job.params) for n, job in enumerate(queue.waiting, 1)}
-        drawn = queue.running.context.id if queue.running else None
+        drawn = {each.job.context.id: each.job.params for each in queue.running}
         for job in list(self._jobs.values()):
             if not job.accepted or job.status is not Status.STARTING:
                 continue
             before = job.queue_position
-            if queue.running is not None and job.context.id == drawn:
-                self._on_start(job, queue.running.params)
+            if job.context.id in drawn:
+                self._on_start(job, drawn[job.context.id])
             elif job.context.id in places:
                 job.queue_position, job.params = places[job.context.id]
                 wait = times.wait(queue, job.queue_position - 1)
@@ -270,10 +281,10 @@ class JobRegistry:
         job.progress = {**asdict(progress), "seconds_left": job.seconds_left}
         job.events.append("progress", job.progress)
 
-    def _on_preview(self, job: Job, preview: Preview) -> None:
+    def _on_preview(self, job: Job, xmp: bytes, preview: Preview) -> None:
         if not job.over and job.accepted:
             told = {"step": preview.step, "steps": preview.steps, "image": preview.image}
-            job.events.append("preview", {**told, "url": preview_uri(preview.picture)})
+            job.events.append("preview", {**told, "url": preview_uri(preview.picture, xmp)})
 
     def _tell_status(self, job: Job) -> None:
         job.events.append(
@@ -360,9 +371,13 @@ def _klein_error(job: Job, error: BaseException) -> KleinError:
 def _encode(id: str, generated: Generated, links: bool) -> Output:
     """The images as files, and the answer around them."""
     result, delivery = generated.result, generated.delivery
-    images = response.encode(result, delivery)
+    images = response.encode(result, delivery, generated.marks)
     body = response.answer(
-        result, delivery, images, lambda number, _: {"url": f"/jobs/{id}/images/{number}"}
+        result,
+        delivery,
+        generated.marks,
+        images,
+        lambda number, _: {"url": f"/jobs/{id}/images/{number}"},
     )
     if links:
         del body["parameters"]["return_type"]

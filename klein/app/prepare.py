@@ -6,10 +6,11 @@ from dataclasses import replace
 
 from klein.app.inputs import gather
 from klein.core import GenerationParams, Job, Progress, RequestContext
-from klein.errors import LoraError
+from klein.errors import InvalidRequest, LoraError
 from klein.lora.file import LoraFile
 from klein.lora.library import LoraLibrary
 from klein.request.resolve import Resolved
+from klein.request.schema import MAX_PROMPT
 from klein.sources.address import redacted
 from klein.sources.fetch import Fetcher
 
@@ -56,7 +57,8 @@ def settle_loras(
     """What only the files know, and a sentence for each thing it changed.
 
     A scale left open is the file's own, else 1; a LoRA with trigger "auto" puts its trigger word
-    in front of a prompt that lacks it.
+    in front of a prompt that lacks it. Raises InvalidRequest where that makes it too long: such a
+    prompt could not be asked for again.
     """
     specs, warnings, prompt = [], [], params.prompt
     for spec, file in zip(params.loras, found, strict=True):
@@ -66,11 +68,27 @@ def settle_loras(
         if spec.scale is None and own is not None:
             warnings.append(f"{name} acts at {own:g}, the scale kept beside it")
         specs.append(replace(spec, scale=scale))
+        if isinstance(file, LoraFile) and file.left_out:
+            warnings.append(
+                f"{name} acts without its {file.left_out} tensors for a text encoder: only the "
+                "transformer is changed by LoRAs"
+            )
         if spec.trigger != "auto" or not isinstance(file, LoraFile):
             continue
         if file.trigger is None:
             warnings.append(f"{name} has no trigger word that could be put into the prompt")
         elif file.trigger.lower() not in prompt.lower():
-            prompt = f"{file.trigger}, {prompt}"
+            prompt = _with_trigger(file.trigger, prompt, name)
             warnings.append(f"the trigger word {file.trigger!r} was put in front of the prompt")
     return replace(params, loras=tuple(specs), prompt=prompt), tuple(warnings)
+
+
+def _with_trigger(trigger: str, prompt: str, name: str) -> str:
+    together = f"{trigger}, {prompt}"
+    if len(together) > MAX_PROMPT:
+        raise InvalidRequest(
+            f"prompt: with the trigger word {trigger!r} of {name} it has {len(together)} "
+            f"characters, {MAX_PROMPT} are the most: shorten it, or set that LoRA's trigger to off",
+            field="prompt",
+        )
+    return together

@@ -13,7 +13,8 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -52,21 +53,29 @@ class EngineStats:
 
 
 @dataclass(frozen=True, slots=True)
-class QueueView:
-    """The job on the GPU since `started` (on the clock of time.monotonic), and those that wait,
-    the next one first."""
+class Running:
+    """A job on a GPU since `started`, on the clock of time.monotonic."""
 
-    running: Job | None
+    job: Job
     started: float
+
+
+@dataclass(frozen=True, slots=True)
+class QueueView:
+    """The jobs on the GPUs of `workers`, and those that wait, the next one first."""
+
+    running: tuple[Running, ...]
     waiting: tuple[Job, ...]
+    workers: int = 1
 
 
 @dataclass(eq=False, slots=True)
 class _Entry:
-    """A job in the queue."""
+    """A job in the queue, and the context of whoever asked for it, in which it is drawn."""
 
     job: Job
     future: "Future[GenerationResult]"
+    context: Context = field(default_factory=copy_context)
 
 
 class Engine:
@@ -139,7 +148,8 @@ class Engine:
         """Who is drawn and who waits."""
         with self._wake:
             waiting = tuple(entry.job for entry in self._waiting)
-            return QueueView(self._running, self._started, waiting)
+            running = (Running(self._running, self._started),) if self._running else ()
+            return QueueView(running, waiting)
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Call `listener` when a job joins or leaves the queue, in whatever thread that happens;
@@ -258,7 +268,7 @@ class Engine:
         job, future = entry.job, entry.future
         try:
             job.context.check()
-            result = self.pipeline.generate(job)
+            result = entry.context.run(self.pipeline.generate, job)
         except OutOfMemory as error:
             waiting = self._become_unhealthy()
             self._settle(future.set_exception, error)
@@ -266,7 +276,8 @@ class Engine:
         except KleinError as error:
             self._settle(future.set_exception, error)
         except Exception as error:
-            self._settle(future.set_exception, self._unknown(job, error))
+            failure = entry.context.run(self._unknown, job, error)
+            self._settle(future.set_exception, failure)
         else:
             self._settle(future.set_result, result)
 

@@ -12,8 +12,10 @@ import os
 import re
 import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
+from klein import logs
 from klein.app import build
 from klein.app.generator import Generator
 from klein.core import Preview, PreviewRequest, Progress
@@ -67,16 +69,20 @@ class Worker:
             raise InvalidRequest("input: send an object such as {'prompt': 'a portrait'}")
         wants_previews = _wants_previews(data)
         request = parse({name: value for name, value in data.items() if name != "progress"})
-        async with _ProgressFeed(lambda update: self._send(runpod_job, update)) as feed:
+        xmp = self._generator.marks.xmp(request)
+        async with _ProgressFeed(lambda update: self._send(runpod_job, update), xmp) as feed:
             previews = PreviewRequest(feed.show, every=PREVIEW_EVERY) if wants_previews else None
             context = self._generator.context(request_id, feed.push, previews)
             generated = await self._generator.run(request, context)
-        return await asyncio.to_thread(
-            response.to_json_within,
-            generated.result,
-            generated.delivery,
-            self._generator.bucket,
-            self._generator.settings.max_response_mb * 1e6,
+        return await self._generator.lanes.delivery.run(
+            partial(
+                response.to_json_within,
+                generated.result,
+                generated.delivery,
+                generated.marks,
+                self._generator.bucket,
+                self._generator.settings.max_response_mb * 1e6,
+            )
         )
 
 
@@ -91,8 +97,9 @@ def _wants_previews(data: dict[str, Any]) -> bool:
 class _ProgressFeed:
     """Posts the newest progress about once a second; leaving it waits for the post in flight."""
 
-    def __init__(self, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
+    def __init__(self, send: Callable[[dict[str, Any]], Awaitable[None]], xmp: bytes) -> None:
         self._send = send
+        self._xmp = xmp
         self._newest: Progress | None = None
         self._preview: Preview | None = None
         self._news = asyncio.Event()
@@ -141,7 +148,9 @@ class _ProgressFeed:
         }
         preview, self._preview = self._preview, None
         if preview is not None:
-            update["preview"] = await asyncio.to_thread(images.preview_uri, preview.picture)
+            update["preview"] = await asyncio.to_thread(
+                images.preview_uri, preview.picture, self._xmp
+            )
         try:
             await asyncio.wait_for(self._send(update), POST_SECONDS)
         except Exception as error:  # progress is a courtesy: a job must not fail for it
@@ -181,10 +190,11 @@ def main() -> None:
     """
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")  # its default prints whole results
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logs.setup(os.environ)
     try:
         worker = start_worker()
     except KleinError as error:
-        print(f"\nklein cannot start: {error}\n", file=sys.stderr)
+        logs.say(f"\nklein cannot start: {error}\n")
         sys.exit(1)
     import runpod
 

@@ -53,6 +53,8 @@ def load(
     plan = fetched(plan, settings)
     pending_weights = pending_weights or modules.start_reading(plan, dtype)
     log.info("reading the weights from %s: %s", plan.found_in, plan.source)
+    for note in plan.notes:
+        log.info("%s", note)
     backend = attention.choose(
         settings.attention,
         plan.device,
@@ -114,7 +116,11 @@ def _read(
             ),
             vae=modules.vae(folder / "vae", plan.read_to, dtype, pending["vae"]),
             transformer=modules.transformer(
-                folder / "transformer", plan.transformer_to, dtype, pending["transformer"]
+                folder / "transformer",
+                plan.transformer_to,
+                dtype,
+                pending["transformer"],
+                recognised=plan.checkpoint is not None,
             ),
             tokenizer=transformers.Qwen2Tokenizer.from_pretrained(
                 folder / "tokenizer", local_files_only=True
@@ -168,7 +174,7 @@ def _require_klein(folder: Path, plan: Plan) -> None:
                 f"this model's scheduler is not FLUX.2's: its {name} is not {value}"
             )
     distilled = bool(json.loads((folder / "model_index.json").read_text()).get("is_distilled"))
-    if distilled != plan.spec.distilled:
+    if distilled != plan.spec.distilled and plan.checkpoint is None:
         kind = "distilled" if distilled else "not distilled"
         raise ModelUnavailable(
             f"model_index.json says {kind}, and {plan.spec.name} is the opposite"
@@ -186,8 +192,8 @@ def _accelerated(parts: Parts, plan: Plan, backend: Backend) -> Parts:
     if faster.has("decoder"):
         vae.fuse(parts.vae)
     if faster.has("float8"):
-        quantise(transformer, plan.device)
-        if plan.transformer_to != plan.device:
+        quantise(transformer, plan.read_to)
+        if plan.transformer_to != plan.read_to:
             offload.pin(layer.weight.data for layer in block_linears(transformer).values())
     if faster.has("cuda_graph") and plan.on_gpu:
         recorded = CudaGraphEncoder(encoder, plan.spec.max_sequence_length)

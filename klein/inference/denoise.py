@@ -17,7 +17,7 @@ from torch import Tensor
 
 from klein.errors import InternalError
 from klein.models.samplers import Sampler
-from klein.models.schedule import Schedule
+from klein.models.schedule import Shift
 from klein.models.speed import StepSkipping
 
 Forward = Callable[..., tuple[Tensor]]
@@ -90,7 +90,7 @@ class Step:
         return self.latents.float() - self.sigma * self.velocity
 
 
-def noise_levels(schedule: Schedule, mu: float, steps: int) -> tuple[float, ...]:
+def noise_levels(schedule: Shift, mu: float, steps: int) -> tuple[float, ...]:
     """The `steps` levels of a run and the 0 after them, rounded to float32 where diffusers rounds:
     as its dynamic shift does for "bfl", as its static shift by e^mu does for any other schedule."""
     grid = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
@@ -110,12 +110,14 @@ def denoise(
     on_step: Callable[[Step], None],
     references: Tokens | None = None,
     keep: Callable[[Tensor, float], Tensor] | None = None,
+    noise: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """The latents (1, n, 128) at the end of `run` from `image` with noise of its first level.
 
     `references` are tokens that the model sees beside the image; `keep` is given each step's
-    latents and noise level and puts back what is not to change. What `on_step` raises ends the run;
-    values that are not finite raise InternalError after the last step.
+    latents and noise level and puts back what is not to change; `noise` gives new noise of the
+    latents' shape to a sampler that renoises. What `on_step` raises ends the run; values that are
+    not finite raise InternalError after the last step.
     """
     model = _GuidedModel(forward, run, text, image.ids, references)
     timesteps = _timesteps(run.sigmas[:-1], image.latents)
@@ -131,6 +133,8 @@ def denoise(
             velocity = extrapolated(computed, sigma)
         velocities.appendleft(velocity)
         latents = _moved(latents, run.sampler.coefficients(run.sigmas, step), velocities)
+        if run.sampler.renoises and noise is not None:
+            latents, velocity = _renoised(latents, run.sigmas[step + 1], noise())
         if keep is not None:
             latents = keep(latents, run.sigmas[step + 1])
         finite.append(latents.isfinite().all())
@@ -205,6 +209,13 @@ def _moved(latents: Tensor, coefficients: Sequence[float], velocities: Iterable[
     for coefficient, velocity in zip(coefficients, velocities, strict=True):
         moved = moved + coefficient * velocity
     return moved.to(latents.dtype)
+
+
+def _renoised(clean: Tensor, sigma: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Clean latents mixed with noise at the level `sigma`, and the velocity from one to the other;
+    as FlowMatchLCMScheduler of diffusers does."""
+    mixed = (1 - sigma) * clean.float() + sigma * noise.float()
+    return mixed.to(clean.dtype), noise.float() - clean.float()
 
 
 def _require_finite(finite: list[Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Between pixels and the tokens that the transformer sees, as Flux2KleinPipeline goes."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,17 @@ CHANNELS = 128
 
 def noise(width: int, height: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tokens:
     """The noise of a seed for an image of that size in pixels, the same on every device."""
+    return next(noises(width, height, seed, dtype, device))
+
+
+def noises(
+    width: int, height: int, seed: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[Tokens]:
+    """The noise of a seed, then as many more that follow from it."""
     shape = (1, CHANNELS, height // MULTIPLE, width // MULTIPLE)
     generator = torch.Generator("cpu").manual_seed(seed)
-    return tokens(torch.randn(shape, generator=generator, dtype=dtype).to(device))
+    while True:
+        yield tokens(torch.randn(shape, generator=generator, dtype=dtype).to(device))
 
 
 def tokens(latents: Tensor, time: int = 0) -> Tokens:

@@ -86,4 +86,4 @@ class ModelOffloader:
 def _tensors(module: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """Parameters and buffers by name: what holds each, and what it holds."""
     named = (*module.named_parameters(), *module.named_buffers())
-    return {name: (holder, holder.data) for name, holder in named}
+    return {name: (holder, holder.data) for name, holder in named if not holder.is_meta}

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from klein import __version__
+from klein import __version__, logs
 from klein.core import (
     SEEDS,
     EditInputs,
@@ -28,9 +28,9 @@ from klein.core import (
     PipelineStats,
     Progress,
     RequestContext,
+    Stage,
     Timings,
 )
-from klein.errors import LoraError
 from klein.inference import latents, memory, offload
 from klein.inference.adapters.merge import AdapterRequest, LoraMerger
 from klein.inference.denoise import Embeddings, Forward, Run, Step, Tokens, denoise, noise_levels
@@ -41,7 +41,7 @@ from klein.inference.references import ImageEncoder
 from klein.inference.text import PromptEncoder
 from klein.models import sizes
 from klein.models.plan import Plan
-from klein.models.samplers import DEFAULT_SAMPLER, SAMPLERS
+from klein.models.samplers import DEFAULT_SAMPLER, SAMPLERS, Sampler
 from klein.models.schedule import first_step, mu_of
 from klein.models.speed import STEP_SKIPPING
 from klein.settings import Settings
@@ -93,17 +93,23 @@ class KleinPipeline:
         self._map: LinearMap | None = None
         originals = offloader.originals(parts.transformer) if offloader else None
         self._merger = LoraMerger(parts.transformer, plan.spec, originals)
+        self._memory_retries = 0
 
     def stats(self) -> PipelineStats:
-        """Why the tier is no faster one, kernels compiled so far, GPU memory."""
-        why, compiled = self._plan.acceleration.why, 0
+        """Why the tier is no faster one, counts since the start, GPU memory."""
+        now = PipelineStats(
+            self._plan.acceleration.why,
+            memory_retries=self._memory_retries,
+            lora_switches=self._merger.switches,
+        )
         if not self._plan.on_gpu:
-            return PipelineStats(why)
+            return now
         if self._plan.acceleration.has("fused"):
             from klein.inference.acceleration.kernels import Compilations
 
-            compiled = Compilations.count
-        return PipelineStats(why, compiled, *torch.cuda.mem_get_info())
+            now = replace(now, kernels_compiled=Compilations.count)
+        free, total = torch.cuda.mem_get_info()
+        return replace(now, gpu_memory_free=free, gpu_memory_total=total)
 
     def warm_up(self) -> None:
         """Draw a few steps, so that the first caller waits for nothing but an image."""
@@ -134,12 +140,14 @@ class KleinPipeline:
         that this failed too.
         """
         # Retried and raised outside the handlers: a traceback would keep the tensors of its frames.
-        for low_memory in (False, True):
-            try:
-                return self._generate(job, low_memory)
-            except torch.OutOfMemoryError:
-                log.warning("GPU memory ran out in job %s", job.context.id)
-            self._release()
+        with _Clock(job) as clock:
+            for low_memory in (False, True):
+                try:
+                    return self._generate(job, clock, low_memory)
+                except torch.OutOfMemoryError:
+                    log.warning("GPU memory ran out in job %s", job.context.id)
+                self._memory_retries += not low_memory
+                self._release()
         raise memory.out_of_memory(job.params)
 
     def _release(self) -> None:
@@ -149,8 +157,7 @@ class KleinPipeline:
         self._merger.release()
         torch.cuda.empty_cache()
 
-    def _generate(self, job: Job, low_memory: bool) -> GenerationResult:
-        clock = _Clock(job.context.submitted)
+    def _generate(self, job: Job, clock: "_Clock", low_memory: bool) -> GenerationResult:
         params, warnings = job.params, list(job.warnings)
         job.context.check()
         if low_memory:
@@ -158,24 +165,21 @@ class KleinPipeline:
         elif self._plan.on_gpu:
             memory.require_room(params, job.inputs.reference_tokens, self._available())
         with torch.inference_mode():
+            clock.enter("text")
             text = self._encode(params, warnings)
-            clock.lap("text")
+            clock.enter("lora", loras=len(params.loras))
             if self._offloader and self._offloader.activate(self.parts.transformer):
                 self._merger.forget()
-            reports = self._put_loras(job, warnings)
-            clock.lap("lora")
-            mu = mu_of(
-                params.schedule,
-                sizes.tokens(params.width, params.height),
-                params.num_inference_steps,
-            )
-            run = self._run(params, mu, low_memory, warnings)
+            reports = self._put_loras(job, low_memory, warnings)
+            clock.enter("encode", references=len(job.inputs.references))
+            mu, levels = _levels(params)
+            run = self._run(params, levels, low_memory, warnings)
             self.parts.vae.use_tiling = low_memory
             references = self._encoder.references(job.inputs.references)
-            clock.lap("encode")
             self._choose_tiling(job, low_memory, warnings)
             drawing = _Drawing(job, run, text, references)
             images = tuple(self._draw(drawing, i, clock) for i in range(params.num_images))
+            clock.leave()
         return GenerationResult(
             id=job.context.id,
             params=params,
@@ -210,21 +214,23 @@ class KleinPipeline:
 
     # -- LoRAs ---------------------------------------------------------------------------------
 
-    def _put_loras(self, job: Job, warnings: list[str]) -> list[LoraReport]:
+    def _put_loras(self, job: Job, low_memory: bool, warnings: list[str]) -> list[LoraReport]:
         """Make the job's LoRAs active; with `lora_error: continue` failures become warnings."""
         requests = [
             AdapterRequest(redacted(spec.path), file, spec.scale or 0.0)
             for spec, file in zip(job.params.loras, job.loras, strict=True)
         ]
         with self._weights_in_reach(self._merger.has(requests)):
-            reports = self._merger.apply(requests)
+            reports = self._merger.apply(requests, last_try=low_memory)
+        if self._merger.errors and job.params.lora_error == "fail":
+            raise self._merger.errors[0]
         for report in reports:
-            if report.error and job.params.lora_error == "fail":
-                raise LoraError(report.error)
             if report.error:
                 warnings.append(f"DRAWN WITHOUT A LORA: {report.error}")
             elif not report.relative_change:
-                why = "it is zero everywhere" if report.scale else "its scale is 0"
+                why = "it is zero everywhere"
+                if abs(report.scale) < 0.005:  # nor is it known to be zero
+                    why = f"its scale is {report.scale:g}"
                 warnings.append(f"LoRA {report.path!r} changes nothing: {why}")
         return reports
 
@@ -243,17 +249,18 @@ class KleinPipeline:
     # -- sampling ------------------------------------------------------------------------------
 
     def _run(
-        self, params: GenerationParams, mu: float, low_memory: bool, warnings: list[str]
+        self,
+        params: GenerationParams,
+        levels: tuple[float, ...],
+        low_memory: bool,
+        warnings: list[str],
     ) -> Run:
         faster, sampler = self._plan.acceleration, SAMPLERS[params.sampler]
         start = first_step(params.num_inference_steps, params.strength)
-        levels = noise_levels(params.schedule, mu, params.num_inference_steps)[start:]
+        levels = levels[start:]
         skipping = STEP_SKIPPING if faster.has("step_skipping") else None
-        if skipping and len(levels) - 1 < sampler.skips_from:
-            warnings.append(
-                f"no step was skipped: {len(levels) - 1} steps of {sampler.name} are too few, "
-                f"steps are skipped from {sampler.skips_from} on"
-            )
+        if skipping and (why := _skips_none(sampler, len(levels) - 1)):
+            warnings.append(f"no step was skipped: {why}")
             skipping = None
         return Run(
             levels,
@@ -265,9 +272,11 @@ class KleinPipeline:
 
     def _draw(self, drawing: "_Drawing", number: int, clock: "_Clock") -> GeneratedImage:
         job, run, text = drawing.job, drawing.run, drawing.text
+        clock.enter("denoise", image=number + 1, steps=run.steps)
         seed = (job.params.seed + number) % SEEDS
         size = job.params.width, job.params.height
-        image = latents.noise(*size, seed, text.prompt.dtype, text.prompt.device)
+        noises = latents.noises(*size, seed, text.prompt.dtype, text.prompt.device)
+        image = next(noises)
         image, keep = self._started(job.inputs, run, image)
         previews = self._previews(job, run, number + 1)
 
@@ -276,15 +285,23 @@ class KleinPipeline:
                 previews(step)
             job.context.report(Progress(step.number, run.steps, number + 1, job.params.num_images))
 
-        clean = denoise(self.parts.denoiser, run, text, image, on_step, drawing.references, keep)
+        clean = denoise(
+            self.parts.denoiser,
+            run,
+            text,
+            image,
+            on_step,
+            drawing.references,
+            keep,
+            lambda: next(noises).latents,
+        )
         if previews:
             previews.flush()
-        clock.lap("denoise")
+        clock.enter("decode", image=number + 1)
         drawn = latents.decode(self.parts.vae, clean, *size)
         unchanged = None
         if job.inputs.repaint:
             drawn, unchanged = job.inputs.repaint.put_back(drawn)
-        clock.lap("decode")
         return GeneratedImage(seed, drawn, unchanged)
 
     def _started(self, inputs: EditInputs, run: Run, noise: Tokens) -> tuple[Tokens, Keep | None]:
@@ -334,6 +351,28 @@ class _Drawing:
     references: Tokens | None
 
 
+def _levels(params: GenerationParams) -> tuple[float | None, tuple[float, ...]]:
+    """mu, None where the noise levels are given, and the levels with the 0 after them."""
+    if isinstance(params.schedule, tuple):
+        return None, (*params.schedule, 0.0)
+    mu = mu_of(
+        params.schedule, sizes.tokens(params.width, params.height), params.num_inference_steps
+    )
+    return mu, noise_levels(params.schedule, mu, params.num_inference_steps)
+
+
+def _skips_none(sampler: Sampler, steps: int) -> str | None:
+    """Why a run skips no step, in words that follow a colon; None where it does."""
+    if sampler.skips_from is None:
+        return f"{sampler.name} draws new noise in each"
+    if steps >= sampler.skips_from:
+        return None
+    return (
+        f"{steps} steps of {sampler.name} are too few, steps are skipped from "
+        f"{sampler.skips_from} on"
+    )
+
+
 def _info(parts: Parts, plan: Plan, settings: Settings, attention: str) -> ModelInfo:
     return ModelInfo(
         id=Path(settings.model_id).name if plan.local else settings.model_id,
@@ -345,6 +384,7 @@ def _info(parts: Parts, plan: Plan, settings: Settings, attention: str) -> Model
         attention=attention,
         speed=plan.acceleration.tier.name,
         speed_options=plan.acceleration.options,
+        transformer=plan.checkpoint.name if plan.checkpoint else None,
         versions={
             "klein": __version__,
             "torch": torch.__version__,
@@ -355,17 +395,39 @@ def _info(parts: Parts, plan: Plan, settings: Settings, attention: str) -> Model
 
 
 class _Clock:
-    """Seconds by stage; laps of the same stage add up."""
+    """Seconds of a job by stage, added up where a stage comes more than once. Each is told to the
+    job's listener at its end, and named in what is logged until then."""
 
-    def __init__(self, submitted: float) -> None:
-        self._started = self._last = time.perf_counter()
-        self._laps = {"queue": time.monotonic() - submitted}
+    def __init__(self, job: Job) -> None:
+        self._context = job.context
+        self._seconds: dict[str, float] = {}
+        self._stage, self._detail, self._entered = "fetch", dict[str, int](), job.context.submitted
+        self.enter("queue", at=job.ready)
+        self.leave()
 
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self._laps[stage] = self._laps.get(stage, 0.0) + now - self._last
-        self._last = now
+    def __enter__(self) -> "_Clock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def enter(self, stage: str, at: float | None = None, **detail: int) -> None:
+        """End the stage that is under way and begin another, now or `at` (time.monotonic)."""
+        now = time.monotonic() if at is None else at
+        self.leave(now)
+        logs.set_stage(stage)
+        self._stage, self._detail, self._entered = stage, detail, now
+
+    def leave(self, at: float | None = None) -> None:
+        """End the stage that is under way, if one is."""
+        now, stage = time.monotonic() if at is None else at, self._stage
+        if not stage:
+            return
+        seconds, self._stage = now - self._entered, ""
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
+        started = time.time_ns() - round((time.monotonic() - self._entered) * 1e9)
+        self._context.on_stage(Stage(stage, started, seconds, self._detail))
 
     def timings(self) -> Timings:
-        total = self._laps["queue"] + time.perf_counter() - self._started
-        return Timings(**{k: round(s, 6) for k, s in (self._laps | {"total": total}).items()})
+        total = time.monotonic() - self._context.submitted
+        return Timings(**{k: round(s, 6) for k, s in (self._seconds | {"total": total}).items()})

@@ -3,25 +3,33 @@
 import hashlib
 import math
 import os
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import IO
+from typing import TypeVar
 
 from klein.errors import LoraError, LoraUnavailable
 from klein.lora import keys, metadata
+from klein.lora.keys import UNSUPPORTED, Target
 from klein.lora.metadata import LoraDefaults
 from klein.lora.shapes import measure
-from klein.models.layers import SWAPPED_HALVES, modules_by_layer
 from klein.sources import safetensors
 from klein.sources.safetensors import Damaged, Entry, Header, Shape
 
 MAX_HEADER_BYTES = 8 * 1024 * 1024
 """Of a LoRA's header: thousands of tensors and a trainer's notes take 2 MB."""
-CHUNK_BYTES = 8 * 1024 * 1024
+SETTLED_NS = 2_000_000_000
+"""After its last change a file is settled: clocks of file systems tick as slowly as every 2 s, and
+two changes within one tick look like one."""
+
+T = TypeVar("T")
+Raw = bytes | memoryview
 
 _KINDS: tuple[tuple[str, frozenset[str]], ...] = (
+    ("oft", frozenset({"oft"})),
     ("lokr", frozenset({"lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a"})),
     ("loha", frozenset({"hada_w1_a"})),
     ("dora", frozenset({"magnitude"})),
@@ -32,19 +40,23 @@ _KINDS: tuple[tuple[str, frozenset[str]], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """What a file does to one of its layers.
+    """What a file does to one of its layers, which is `target` in diffusers' model.
 
-    `modules` are the diffusers modules whose weights, stacked by rows, the layer is; `tensors`
-    maps a part (`down`, `up`, `alpha`, …) to the tensor's name in the file.
+    `tensors` maps a part (`down`, `up`, `alpha`, …) to the tensor's name in the file. `shape` is
+    (out, in) of the change, 0 where the tensors leave it open; that of a norm of n is (n, 1).
     """
 
     layer: str
-    modules: tuple[str, ...]
+    target: Target
     kind: str
     tensors: Mapping[str, str]
     rank: int
     shape: tuple[int, int]
-    swapped_halves: bool = False
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The diffusers modules whose weights, stacked by rows, the layer is."""
+        return self.target.modules
 
 
 WIDTHS = {
@@ -58,17 +70,26 @@ WIDTHS = {
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """One state of a file on disk: another one has other bytes, or may have."""
+    """One state of a file on disk: another one has other bytes, or may have.
+
+    Its owner can set `mtime_ns` back; nobody sets `ctime_ns`.
+    """
 
     device: int
     inode: int
     size: int
     mtime_ns: int
+    ctime_ns: int
 
     @classmethod
     def of(cls, stat: os.stat_result) -> "Identity":
         """That of a file whose `stat` it is."""
-        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether a change from now on makes another identity of it."""
+        return time.time_ns() - self.ctime_ns > SETTLED_NS
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +110,12 @@ class LoraFile:
     training: Mapping[str, str]
     identity: Identity
     defaults: LoraDefaults = LoraDefaults()
+    settled: bool = False
+    """Whether it had settled before it was hashed, so that its identity stands for its hash."""
+    biases: tuple[str, ...] = ()
+    """Tensors that change biases, which no layer has: they must be zero."""
+    left_out: int = 0
+    """Tensors for a text encoder, on which no klein LoRA acts."""
 
     @property
     def base(self) -> str:
@@ -104,31 +131,45 @@ class LoraFile:
 
     @property
     def rank(self) -> int:
-        """The largest rank in the file; 0 where the format has none."""
+        """The largest rank in the file, or block of an OFT; 0 where the format has none."""
         return max(patch.rank for patch in self.patches)
 
-    def read(self) -> Iterator[tuple[Entry, memoryview]]:
-        """Every tensor with its bytes, in the order of the file, out of memory of its own.
+    def load(
+        self, read: Callable[[int, tuple[Entry, ...]], T], raw: Callable[[T], Iterable[Raw]]
+    ) -> T:
+        """What `read` makes of an open descriptor of the file and its tensors, in their order.
 
-        The bytes are proved to be those that were inspected. Raises LoraUnavailable for a file
-        that was replaced or deleted since, or that the disk does not give.
+        It is proved to be made of the bytes that were inspected: by the identity of a settled file
+        before and after, else by hashing what `raw` gives back of it, tensor by tensor. (Who maps
+        the file and writes to pages that he wrote to before can hide that until the kernel writes
+        them out.) Raises LoraUnavailable for a file that was replaced or deleted since, or that
+        the disk does not give.
         """
         try:
             with self.path.open("rb") as file:
-                if Identity.of(os.fstat(file.fileno())) != self.identity:
+                before = Identity.of(os.fstat(file.fileno()))
+                if before.size != self.identity.size:
                     raise self._changed()
-                data = bytearray(self.identity.size)
-                sha256 = _read_into(file, memoryview(data))
+                entries = safetensors.read(file, MAX_HEADER_BYTES).entries
+                loaded = read(file.fileno(), entries)
+                after = Identity.of(os.fstat(file.fileno()))
+                if not (self.settled and self.identity == before == after):
+                    head = os.pread(file.fileno(), entries[0].begin, 0)
+                    self._prove(chain((head,), raw(loaded)))
+            return loaded
         except OSError as error:
             raise LoraUnavailable(
                 f"LoRA {self.name!r} cannot be read any more ({error.strerror}): try again"
             ) from error
-        if sha256 != self.sha256:
+        except (ValueError, IndexError) as error:  # cut off, or without a header
+            raise self._changed() from error
+
+    def _prove(self, parts: Iterable[Raw]) -> None:
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+        if digest.hexdigest() != self.sha256:
             raise self._changed()
-        whole = memoryview(data)
-        length = int.from_bytes(whole[:8], "little")
-        header = safetensors.parse(bytes(whole[8 : 8 + length]), len(data))
-        return ((entry, whole[entry.begin : entry.end]) for entry in header.entries)
 
     def _changed(self) -> LoraUnavailable:
         return LoraUnavailable(
@@ -142,28 +183,34 @@ def inspect(path: Path, name: str) -> LoraFile:
     try:
         with path.open("rb") as file:
             identity = Identity.of(os.fstat(file.fileno()))
+            settled = identity.is_settled
             header = safetensors.read(file, MAX_HEADER_BYTES)
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            if Identity.of(os.fstat(file.fileno())) != identity:
+                raise LoraUnavailable(f"LoRA {name!r} is being written: try again")
     except Damaged as error:
         raise LoraError(f"LoRA {name!r} is damaged: {error}") from error
     except OSError as error:
         raise LoraUnavailable(f"LoRA {name!r} cannot be read ({error.strerror})") from error
     if not header.entries:
         raise LoraError(f"LoRA {name!r} is damaged: it holds no tensors")
-    return _known(path, name, sha256, identity, header)
+    return replace(_known(path, name, sha256, identity, header), settled=settled)
 
 
 def _known(path: Path, name: str, sha256: str, identity: Identity, header: Header) -> LoraFile:
     shapes = header.shapes
-    layers, prefixes, unknown_tensors = _group(shapes)
+    grouped = _group(name, shapes)
+    layers = grouped.layers
+    if not layers and grouped.left_out:
+        raise LoraError(f"LoRA {name!r} changes only a text encoder, on which no klein LoRA acts")
     if not layers:
         some = ", ".join(repr(tensor[:60]) for tensor in list(shapes)[:3])
         raise LoraError(f"LoRA {name!r} has none of a LoRA's tensors, only such as {some}")
-    known = modules_by_layer()
+    known = keys.targets()
     unknown_layers = [layer for layer in layers if layer not in known]
-    if unknown_layers or unknown_tensors:
-        raise LoraError(_foreign(name, unknown_layers, unknown_tensors, len(layers)))
+    if unknown_layers or grouped.unknown:
+        raise LoraError(_foreign(name, unknown_layers, grouped.unknown, len(layers)))
     if odd := next((entry for entry in header.entries if not _is_factor(entry)), None):
         raise LoraError(f"LoRA {name!r}: tensor {odd.name[:80]!r} is of type {odd.dtype}")
     patches = tuple(
@@ -174,11 +221,13 @@ def _known(path: Path, name: str, sha256: str, identity: Identity, header: Heade
         name=name,
         sha256=sha256,
         identity=identity,
-        format=_format(prefixes, layers, patches),
+        format=_format(grouped.prefixes, layers, patches),
         hidden=_width(name, patches),
         patches=patches,
         trigger_words=metadata.trigger_words(header.metadata),
         training=metadata.training(header.metadata),
+        biases=tuple(grouped.biases),
+        left_out=grouped.left_out,
     )
 
 
@@ -187,33 +236,37 @@ def _is_factor(entry: Entry) -> bool:
     return "F" in entry.dtype or math.prod(entry.shape) == 1
 
 
-def _read_into(file: IO[bytes], target: memoryview) -> str:
-    """Fill `target` from an unbuffered or buffered file; returns the sha256 of what came."""
-    digest, have = hashlib.sha256(), 0
-    while have < len(target):
-        chunk = target[have : have + CHUNK_BYTES]
-        size = file.readinto(chunk)  # type: ignore[attr-defined]
-        if not size:
-            break
-        digest.update(chunk[:size])
-        have += size
-    return digest.hexdigest()
+@dataclass(slots=True)
+class _Grouped:
+    """The tensors of a file: by layer and part, those of the others, and how they are prefixed."""
+
+    layers: dict[str, dict[str, str]] = field(default_factory=dict)
+    prefixes: Counter[str] = field(default_factory=Counter)
+    biases: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    left_out: int = 0
 
 
-def _group(
-    shapes: Mapping[str, Shape],
-) -> tuple[dict[str, dict[str, str]], Counter[str], list[str]]:
-    layers: dict[str, dict[str, str]] = {}
-    prefixes: Counter[str] = Counter()
-    unknown_tensors = []
-    for tensor in shapes:
+def _group(name: str, tensors: Iterable[str]) -> _Grouped:
+    grouped = _Grouped()
+    for tensor in tensors:
         key = keys.take_apart(tensor)
-        if key is None:
-            unknown_tensors.append(tensor)
-            continue
-        prefixes[key.prefix] += 1
-        layers.setdefault(key.layer, {})[key.part] = tensor
-    return layers, prefixes, unknown_tensors
+        if keys.is_of_text_encoder(tensor):
+            grouped.left_out += 1
+        elif key is None:
+            grouped.unknown.append(tensor)
+        elif key.part == "bias":
+            grouped.biases.append(tensor)
+        else:
+            grouped.prefixes[key.prefix] += 1
+            parts = grouped.layers.setdefault(key.layer, {})
+            if key.part in parts:
+                raise LoraError(
+                    f"LoRA {name!r} holds two adapters: {tensor[:90]!r} and "
+                    f"{parts[key.part][:90]!r}; save them as two files"
+                )
+            parts[key.part] = tensor
+    return grouped
 
 
 def _foreign(name: str, unknown_layers: list[str], unknown_tensors: list[str], total: int) -> str:
@@ -221,8 +274,6 @@ def _foreign(name: str, unknown_layers: list[str], unknown_tensors: list[str], t
     guess = ""
     if any(mark in layer for layer in unknown_layers for mark in _FLUX1):
         guess = "; it looks like a LoRA for FLUX.1"
-    elif any(x.startswith(("lora_te", "text_encoder", "te_")) for x in unknown):
-        guess = "; it trains a text encoder, which klein LoRAs do not"
     return (
         f"LoRA {name!r} is not for FLUX.2: {len(unknown)} of its {total} layers do not exist "
         f"there, such as {unknown[0][:90]!r}{guess}"
@@ -236,14 +287,12 @@ _FLUX1 = ("img_mod", "txt_mod", "proj_mlp")
 def _patch(
     name: str,
     layer: str,
-    modules: tuple[str, ...],
+    target: Target,
     parts: dict[str, str],
     shapes: Mapping[str, Shape],
 ) -> Patch:
-    kind = next((kind for kind, signs in _KINDS if signs & parts.keys()), None)
-    if kind is None:
-        raise LoraError(f"LoRA {name!r}: layer {layer!r} has only {', '.join(parts)}")
-    if why := _unsupported(kind, layer, parts):
+    kind = next((kind for kind, signs in _KINDS if signs & parts.keys()), "")
+    if why := _unsupported(kind, target, parts):
         raise LoraError(f"LoRA {name!r}: layer {layer!r} {why}")
     own = {part: shapes[tensor] for part, tensor in parts.items()}
     try:
@@ -252,16 +301,19 @@ def _patch(
         raise LoraError(
             f"LoRA {name!r}: the tensors of layer {layer!r} do not fit together"
         ) from error
-    return Patch(layer, modules, kind, parts, rank, shape, layer in SWAPPED_HALVES)
+    return Patch(layer, target, kind, parts, rank, shape)
 
 
-def _unsupported(kind: str, layer: str, parts: Mapping[str, str]) -> str | None:
+def _unsupported(kind: str, target: Target, parts: Mapping[str, str]) -> str | None:
     """Why a layer cannot be applied as its trainer meant it, or None."""
-    if {"lokr_t2", "hada_t1", "hada_t2"} & parts.keys():
-        return "is in the convolution form of LyCORIS"
-    if kind in ("lokr", "loha") and "magnitude" in parts:
+    for part, what in UNSUPPORTED.items():
+        if part in parts:
+            return f"is {what}, which klein does not apply"
+    if not kind:
+        return f"has only {', '.join(parts)}"
+    if kind in ("oft", "lokr", "loha") and "magnitude" in parts:
         return f"has a dora_scale beside its {kind}: only a plain LoRA's magnitudes are applied"
-    if kind == "lokr" and layer in SWAPPED_HALVES:
+    if kind == "lokr" and target.swapped_halves:
         return "is a lokr there, whose halves cannot be put into the model's order"
     if kind == "dora" and not {"down", "up"} <= parts.keys():
         return "has magnitudes and no factors"
@@ -283,8 +335,8 @@ def _is_flux1(patch: Patch) -> bool:
     rows, columns = patch.shape
     module = patch.modules[0]
     if module.endswith("to_qkv_mlp_proj"):
-        return rows == 7 * columns
-    return module.endswith("linear_in") and rows == 4 * columns
+        return 0 < rows == 7 * columns
+    return module.endswith("linear_in") and 0 < rows == 4 * columns
 
 
 _READS_HIDDEN = ("_proj", "linear_in", "to_q", "to_k", "to_v")
@@ -307,7 +359,12 @@ def _format(
     bfl = any(layer.startswith(("double_blocks", "single_blocks")) for layer in layers)
     if kinds == {"lora"} and prefix == "diffusion_model." and bfl:
         return "ai-toolkit"
-    named = {"lora_unet_": "kohya", "transformer.": "diffusers", "base_model.model.": "peft"}
+    named = {
+        "lora_unet_": "kohya",
+        "transformer.": "diffusers",
+        "base_model.model.": "peft",
+        "lycoris_": "lycoris",
+    }
     style = named.get(prefix, "bfl" if bfl else "diffusers")
     kind = "+".join(sorted(kinds))
     return style if kind == "lora" else f"{style} {kind}"

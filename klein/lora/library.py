@@ -17,7 +17,7 @@ from klein.lora.spec import LoraSpec
 from klein.settings import Secret
 from klein.sources import reference
 from klein.sources.address import redacted
-from klein.sources.cache import Store
+from klein.sources.cache import Store, StoreStats
 from klein.sources.civitai import CIVITAI, Civitai
 from klein.sources.fetch import Fetcher
 from klein.sources.files import RemoteFiles, Unwanted
@@ -101,6 +101,10 @@ class LoraLibrary:
         stored = self._remote.store.names() if self._remote else ()
         fetched = [(name, "fetched", partial(Path, path)) for name, path in stored]
         return [_row(*line) for line in (*local, *fetched)]
+
+    def store_stats(self) -> StoreStats | None:
+        """What the store of fetched files did so far, if there is one."""
+        return self._remote.store.stats() if self._remote else None
 
     def names(self) -> list[str]:
         """The local LoRAs a request can name."""
@@ -188,12 +192,13 @@ def _known(path: Path, name: str) -> LoraFile:
         identity = Identity.of(path.stat())
     except OSError as error:
         raise LoraUnavailable(f"LoRA {name!r} cannot be read ({error.strerror})") from error
-    return replace(_inspect(path, name, identity), defaults=defaults(path))
+    found = _inspect(path, name, identity, identity.is_settled)
+    return replace(found, defaults=defaults(path))
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _inspect(path: Path, name: str, _: Identity) -> LoraFile:
-    """Headers and hashes are read once for each state of a file."""
+def _inspect(path: Path, name: str, _: Identity, settled: bool) -> LoraFile:
+    """Headers and hashes are read once for each state of a file, and again once it is settled."""
     return file.inspect(path, name)
 
 
@@ -229,6 +234,7 @@ def describe(found: LoraFile) -> dict[str, Any]:
         "base": found.base,
         "rank": found.rank,
         "layers": len(found.patches),
+        "left_out": found.left_out,
         "trigger_words": list(found.trigger_words),
         "defaults": asdict(found.defaults),
         "training": dict(found.training),

@@ -7,14 +7,15 @@ from klein.sources.safetensors import Shape
 
 
 def measure(kind: str, own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:
-    """Rank and (out, in) shape of the weight change that tensors of these shapes make.
+    """Rank and (out, in) shape of the weight change that tensors of these shapes make, 0 for what
+    they leave open.
 
     Raises KeyError or ValueError where they do not fit together.
     """
     if math.prod(own.get("alpha", ())) != 1:
         raise ValueError("alpha")
     rank, shape = _MEASURES[kind](own)
-    if 0 in shape:
+    if 0 in shape and kind != "oft":
         raise ValueError("empty")
     return rank, shape
 
@@ -27,8 +28,21 @@ def _lora(own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:
 
 
 def _diff(own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:
-    rows, columns = own["diff"]
+    rows, columns = (*own["diff"], 1)[:2]
+    if math.prod(own["diff"]) != rows * columns:
+        raise ValueError("diff")
     return 0, (rows, columns)
+
+
+def _oft(own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:
+    """Of blocks of b inputs each; a single one is that of all inputs. Its b stands for the rank."""
+    blocks, elements = own["oft"]
+    side = (1 + math.isqrt(1 + 8 * elements)) // 2
+    if side * (side - 1) // 2 != elements or 0 in (blocks, elements):
+        raise ValueError("oft")
+    if math.prod(own.get("scaled_oft", ())) != 1:
+        raise ValueError("scaled_oft")
+    return side, (0, blocks * side if blocks > 1 else 0)
 
 
 def _loha(own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:
@@ -50,6 +64,7 @@ _MEASURES = {
     "lora": _lora,
     "dora": _lora,
     "diff": _diff,
+    "oft": _oft,
     "loha": _loha,
     "lokr": _lokr,
 }

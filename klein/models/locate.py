@@ -19,9 +19,11 @@ from klein.sources.hub import HubFailed, Problem
 
 log = logging.getLogger(__name__)
 
-PATTERNS = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.jinja")
-"""What a pipeline is made of. Not the single-file copies that repositories keep beside it."""
+PATTERNS = ("model_index.json", "*/*.json", "*/*.txt", "*/*.jinja")
+"""What a pipeline is made of beside its weights, `PART/*.safetensors`. Not the single-file copies
+that repositories keep beside it."""
 WEIGHTED = ("transformer", "text_encoder", "vae")
+BESIDE_TRANSFORMER = ("text_encoder", "vae")
 LOG_EVERY = 10.0
 """Seconds between two lines about a download where there is no terminal for a bar."""
 
@@ -60,30 +62,36 @@ def places() -> tuple[Place, ...]:
     return (*MOUNTED, Place("the Hugging Face cache", hub.cache_folder()))
 
 
-def find(repo: str, revision: str | None, where: tuple[Place, ...]) -> Found | None:
-    """The first place that holds the whole of `repo` at `revision`, or None."""
+def find(
+    repo: str,
+    revision: str | None,
+    where: tuple[Place, ...],
+    weighted: tuple[str, ...] = WEIGHTED,
+) -> Found | None:
+    """The first place that holds the whole of `repo` at `revision`, or None; of weights those of
+    the parts `weighted`."""
     for place in where:
         try:
             found = _plain(place, repo, revision) if place.plain else _cached(place, repo, revision)
         except OSError:  # not readable for this user is not there
             continue
-        if found and is_whole(found.folder):
+        if found and is_whole(found.folder, weighted):
             return found
     return None
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether every part that model_index.json names is there with all its weights."""
+def is_whole(folder: Path, weighted: tuple[str, ...] = WEIGHTED) -> bool:
+    """Whether every part that model_index.json names is there, and all weights of `weighted`."""
     try:
         index = json.loads((folder / "model_index.json").read_text())
         parts = [name for name, kind in index.items() if isinstance(kind, list) and kind[0]]
-        return bool(parts) and all(_part_is_whole(folder / part) for part in parts)
+        return bool(parts) and all(_part_is_whole(folder / part, weighted) for part in parts)
     except (OSError, ValueError, AttributeError, KeyError, IndexError):
         return False
 
 
-def _part_is_whole(part: Path) -> bool:
-    if part.name not in WEIGHTED:
+def _part_is_whole(part: Path, weighted: tuple[str, ...]) -> bool:
+    if part.name not in weighted:
         return any(path.is_file() for path in part.iterdir())
     shards = [x.name for x in part.glob("*.safetensors") if "-of-" not in x.name]
     for listing in part.glob("*.safetensors.index.json"):
@@ -129,18 +137,22 @@ def _entry(folder: Path, name: str) -> Path | None:
     )
 
 
-def download(repo: str, revision: str | None, token: str | None) -> Found:
-    """Fetch `repo` into the Hugging Face cache, going on where a former download stopped.
+def download(
+    repo: str, revision: str | None, token: str | None, weighted: tuple[str, ...] = WEIGHTED
+) -> Found:
+    """Fetch `repo` into the Hugging Face cache, going on where a former download stopped; of
+    weights those of the parts `weighted`.
 
     Raises ModelUnavailable when it does not fit on the disk or does not come.
     """
     cache = hub.cache_folder()
+    patterns = (*PATTERNS, *(f"{part}/*.safetensors" for part in weighted))
     try:
-        missing = hub.missing_bytes(repo, revision, token, PATTERNS)
+        missing = hub.missing_bytes(repo, revision, token, patterns)
         _require_room(cache, missing, repo)
         log.info("downloading %s: %s into %s", repo, _gb(missing), cache)
         with _logged(cache / f"models--{repo.replace('/', '--')}" / "blobs", missing):
-            folder = hub.download(repo, revision, token, PATTERNS)
+            folder = hub.download(repo, revision, token, patterns)
     except HubFailed as error:
         raise ModelUnavailable(
             str(error)

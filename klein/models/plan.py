@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from klein.errors import ModelUnavailable
-from klein.models import catalog, locate, speed
+from klein.models import catalog, checkpoint, locate, speed, transformer_file
 from klein.models.catalog import GB, ModelSpec
+from klein.models.checkpoint import Checkpoint
 from klein.models.identify import LOCAL, NANO_FOLDER, ReadConfig, folder_reader, identify, local
+from klein.models.locate import Found
 from klein.models.machine import Device, Kind, Machine
 from klein.models.speed import Acceleration
 from klein.settings import Offload, Settings
@@ -26,6 +28,8 @@ class Plan:
 
     `target` is what draws, `acceleration` is what is put on it, `found_in` says in words where
     the weights are, `originals_fit` whether float8 copies fit on the GPU beside their originals.
+    `checkpoint` is what the transformer's weights are read from, where they are not the plain ones
+    of `source`, and `notes` what is to be said of that.
     """
 
     source: str
@@ -39,6 +43,8 @@ class Plan:
     local: bool = False
     download: bool = False
     originals_fit: bool = True
+    checkpoint: Checkpoint | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def device(self) -> Kind:
@@ -60,22 +66,29 @@ class Plan:
         """The device that the transformer is read to: originals of float8 copies may not fit."""
         return "cpu" if self.acceleration.has("float8") and not self.originals_fit else self.read_to
 
+    @property
+    def keeps_float8(self) -> bool:
+        """Whether the checkpoint's float8 weights act as they are; if not, they are made bfloat16
+        while they are read."""
+        return _is_float8(self.checkpoint) and self.acceleration.has("float8")
+
 
 def plan(settings: Settings, machine: Machine) -> Plan:
     """The plan for these settings on this machine; raises ModelUnavailable with the way out."""
-    known = catalog.known(settings.model_id)
-    repo = (known.repo if known else None) or settings.model_id
-    found = local(settings.model_id) or locate.find(repo, settings.model_revision, locate.places())
-    read = folder_reader(found.folder) if found else _hub_reader(repo, settings)
-    spec = known or identify(read)
+    model = locate_model(settings)
+    spec, notes, found = model.spec, model.notes, model.found
     device = machine.device(_kind(settings, machine, spec))
-    offload, why = place(settings, machine, spec, device.kind)
-    situation = {offload} | ({"distilled"} if spec.distilled else set())
-    faster = speed.choose(settings.speed, device.kind, device.capability, frozenset(situation))
-    if known:
-        read("model_index.json")
+    float8 = _is_float8(model.checkpoint)
+    offload, why = place(settings, machine, spec, device.kind, float8=float8)
+    situation = speed.situation(offload, distilled=spec.distilled, float8=float8)
+    faster = speed.choose(settings.speed, device.kind, device.capability, situation, float8=float8)
+    if float8 and not faster.has("float8"):
+        notes += (
+            f"its float8 weights are turned into full ones once, while they are read: the "
+            f"{faster.tier.name} tier needs those",
+        )
     return Plan(
-        str(found.folder) if found else repo,
+        str(found.folder) if found else model.repo,
         found.revision if found else settings.model_revision,
         spec,
         device,
@@ -85,17 +98,84 @@ def plan(settings: Settings, machine: Machine) -> Plan:
         found_in=found.place if found else "the Hugging Face Hub, to be downloaded",
         local=found is not None and found.place == LOCAL,
         download=found is None,
-        originals_fit=device.kind == "cpu" or _both_fit(spec, machine),
+        originals_fit=device.kind == "cpu" or float8 or _both_fit(spec, machine),
+        checkpoint=model.checkpoint,
+        notes=notes,
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Which model MODEL_ID and KLEIN_TRANSFORMER are. `found` is None where `repo` is to be
+    downloaded; the rest as in Plan."""
+
+    repo: str
+    found: Found | None
+    spec: ModelSpec
+    checkpoint: Checkpoint | None
+    notes: tuple[str, ...] = ()
+
+
+def locate_model(settings: Settings) -> Located:
+    """What the settings name; nothing but headers and configurations is fetched. Raises
+    ModelUnavailable."""
+    known = catalog.known(settings.model_id)
+    repo = (known.repo if known else None) or settings.model_id
+    file = transformer_file.find(settings)
+    parts = locate.BESIDE_TRANSFORMER if file else locate.WEIGHTED
+    found = local(settings.model_id) or locate.find(
+        repo, settings.model_revision, locate.places(), parts
+    )
+    read = folder_reader(found.folder) if found else _hub_reader(repo, settings)
+    spec = known or identify(read)
+    if known:
+        read("model_index.json")
+    notes: tuple[str, ...] = ()
+    if file:
+        spec, known_by = file.spec(spec)
+        notes = (f"transformer: {file.name}, {file.numbers}, {known_by}", *file.notes)
+    elif found and (file := checkpoint.of_folder(found.folder / "transformer")):
+        notes = (f"transformer: {file.numbers}",)
+    return Located(repo, found, spec, file, notes)
+
+
+def fetch_model(model: Located, settings: Settings, revision: str | None) -> Located:
+    """`model` with everything on disk: fetched, if it was not. Raises ModelUnavailable."""
+    file, found = model.checkpoint, model.found
+    if file and not file.files:
+        file = transformer_file.fetch(settings, file)
+        if (spec := file.spec(model.spec)[0]) != model.spec:
+            raise ModelUnavailable(
+                f"KLEIN_TRANSFORMER: {file.name} is {spec.name} by its sha256, which is known now "
+                f"that it is here, and not {model.spec.name}: start klein again",
+                field="KLEIN_TRANSFORMER",
+            )
+    if found is None:
+        token = settings.hf_token.value if settings.hf_token else None
+        parts = locate.BESIDE_TRANSFORMER if file else locate.WEIGHTED
+        found = locate.download(model.repo, revision, token, parts)
+        file = file or checkpoint.of_folder(found.folder / "transformer")
+    return replace(model, found=found, checkpoint=file)
+
+
 def fetched(plan: Plan, settings: Settings) -> Plan:
-    """The plan with its model on disk: downloaded, if it was not. Raises ModelUnavailable."""
-    if not plan.download:
+    """The plan with its model on disk: fetched, if it was not. Raises ModelUnavailable."""
+    here = None if plan.download else Found(plan.found_in, Path(plan.source), plan.revision)
+    model = Located(plan.source, here, plan.spec, plan.checkpoint)
+    made = fetch_model(model, settings, plan.revision)
+    if made.found is None or made == model:
         return plan
-    token = settings.hf_token.value if settings.hf_token else None
-    found = locate.download(plan.source, plan.revision, token)
-    return replace(plan, source=str(found.folder), revision=found.revision, download=False)
+    return replace(
+        plan,
+        source=str(made.found.folder),
+        revision=made.found.revision,
+        download=False,
+        checkpoint=made.checkpoint,
+    )
+
+
+def _is_float8(file: Checkpoint | None) -> bool:
+    return file is not None and file.float8
 
 
 def _both_fit(spec: ModelSpec, machine: Machine) -> bool:
@@ -177,25 +257,29 @@ def _kind(settings: Settings, machine: Machine, spec: ModelSpec) -> Kind:
 
 
 def place(
-    settings: Settings, machine: Machine, spec: ModelSpec, device: Kind
+    settings: Settings, machine: Machine, spec: ModelSpec, device: Kind, *, float8: bool = False
 ) -> tuple[Offload, str]:
-    """How to spread the weights, and why; raises ModelUnavailable if they fit nowhere."""
+    """How to spread the weights, and why; raises ModelUnavailable if they fit nowhere. `float8`
+    says that the transformer's weights come so."""
     if device == "cpu":
         return "none", "on the CPU"
-    tier = speed.wanted(settings.speed, device)
-    free = machine.device("cuda").free
+    gpu = machine.device("cuda")
+    tier, free = speed.wanted(settings.speed, device, gpu.capability, float8=float8), gpu.free
     working = working_bytes(spec, tier.name)
-    resident = spec.resident_bytes
+    transformer = spec.transformer_bytes
     if "float8" in tier.options:
-        resident -= spec.block_parameters
+        transformer -= spec.block_parameters
+    resident = transformer + spec.text_encoder_bytes + spec.vae_bytes
     needs: dict[Offload, int] = {
         "none": resident + working,
-        "model": max(spec.transformer_bytes, spec.text_encoder_bytes) + spec.vae_bytes + working,
+        "model": max(transformer, spec.text_encoder_bytes) + spec.vae_bytes + working,
         "sequential": min(SEQUENTIAL_BYTES, resident + working),
     }
     allowed = [x for x in needs if settings.offload in ("auto", x)]
     if settings.speed != "auto" and settings.offload == "auto":
-        allowed = [x for x in allowed if not speed.excludes(tier, x)]
+        allowed = [
+            x for x in allowed if not speed.excludes(tier, speed.situation(x, float8=float8))
+        ]
     fitting = next((x for x in allowed if needs[x] <= free), None)
     if fitting is None:
         least = needs[allowed[-1]]
@@ -207,8 +291,8 @@ def place(
             f"{_gb(free)} are free: use a larger GPU or klein-base-4B{hint}",
             field="KLEIN_OFFLOAD",
         )
-    kept = 0 if fitting == "none" else spec.resident_bytes
-    if "float8" in tier.options and not _both_fit(spec, machine):
+    kept = {"none": 0, "model": resident}.get(fitting, spec.resident_bytes)
+    if "float8" in tier.options and not float8 and not _both_fit(spec, machine):
         kept = spec.transformer_bytes
     if machine.memory_free < kept:
         raise ModelUnavailable(

@@ -1,7 +1,8 @@
 """The samplers: how a step goes from one noise level to the next, given the velocities so far.
 
 Each is a linear multistep method on dx/dσ = v(x, σ): a step adds Σ cᵢ · vᵢ to the latents, with
-the newest velocity first. The coefficients need no more than the run's noise levels.
+the newest velocity first. The coefficients need no more than the run's noise levels. A sampler that
+renoises steps to the clean latents instead, and mixes them with new noise at the next level.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,19 +14,20 @@ Coefficients = tuple[float, ...]
 @dataclass(frozen=True, slots=True)
 class Sampler:
     """One sampler. `label` is what other programs call it, `history` how many velocities a step
-    reads, its own included.
+    reads, its own included; `renoises` is whether each step draws new noise.
 
     `skips_from` is the least number of steps of which step skipping leaves some out: with fewer
-    it changes images more than rounding to float8 does (SPEED.md, "Samplers").
+    it changes images more than rounding to float8 does (SPEED.md, "Samplers"). None is never.
     """
 
     name: str
     label: str
     history: int
-    skips_from: int
+    skips_from: int | None
     coefficients: Callable[[Sequence[float], int], Coefficients]
     """Of step `i` over `sigmas`, N levels and the 0 after them; the newest velocity's first."""
     doc: str
+    renoises: bool = False
 
 
 def _euler(sigmas: Sequence[float], i: int) -> Coefficients:
@@ -41,6 +43,11 @@ def _ab2(sigmas: Sequence[float], i: int) -> Coefficients:
     return step * (1 + ratio / 2), -step * ratio / 2
 
 
+def _clean(sigmas: Sequence[float], i: int) -> Coefficients:
+    """All the way, along the velocity."""
+    return (-sigmas[i],)
+
+
 SAMPLERS: dict[str, Sampler] = {
     row.name: row
     for row in (
@@ -54,6 +61,16 @@ SAMPLERS: dict[str, Sampler] = {
             20,
             _ab2,
             "second-order Adams–Bashforth: 16 steps for Euler's 28",
+        ),
+        Sampler(
+            "lcm",
+            "LCM",
+            1,
+            None,
+            _clean,
+            "to the clean image and back with new noise in every step: for few steps with a turbo "
+            "LoRA",
+            renoises=True,
         ),
     )
 }

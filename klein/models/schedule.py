@@ -9,7 +9,10 @@ schedules differ in mu alone, which depends on the number of image tokens (width
 """
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
+MAX_STEPS = 100
 MU_RANGE = (-2.0, 8.0)
 BFL_LIMIT = 4300
 """Tokens above which Black Forest Labs' formula drops to the FLUX.1 line: at 28 steps mu falls
@@ -49,11 +52,24 @@ SCHEDULES = {
     "linear": (linear_mu, "as klein's predecessor documented its shift"),
 }
 
-Schedule = str | float
+Shift = str | float
 """A name from SCHEDULES, or mu itself."""
+Schedule = Shift | tuple[float, ...]
+"""A time shift, or the noise levels themselves, falling, without the 0 after them."""
 
 
-def mu_of(schedule: Schedule, image_tokens: int, num_inference_steps: int) -> float:
+def fault(levels: Sequence[float]) -> str | None:
+    """Why no run can take these noise levels, or None if one can."""
+    if not 1 <= len(levels) <= MAX_STEPS:
+        return f"{len(levels)} noise levels are given, 1 to {MAX_STEPS} make a run"
+    if not all(0 < level <= 1 for level in levels):
+        return "noise levels are above 0 and at most 1; the 0 after the last is understood"
+    if any(after >= before for before, after in pairwise(levels)):
+        return "noise levels must fall from one to the next"
+    return None
+
+
+def mu_of(schedule: Shift, image_tokens: int, num_inference_steps: int) -> float:
     """mu that `schedule` gives a picture of that many image tokens in that many steps."""
     if isinstance(schedule, str):
         return SCHEDULES[schedule][0](image_tokens, num_inference_steps)

@@ -15,6 +15,7 @@ Capability = tuple[int, int]
 
 SITUATIONS = {
     "model": "model offload moves weights about, and their place must not change",
+    "float8_model": "model offload moves float8 weights about, and their place must not change",
     "sequential": "sequential offload keeps the weights where kernels cannot read them",
     "distilled": "the model is distilled to a few steps, and none of them can be left out",
 }
@@ -87,7 +88,9 @@ class Acceleration:
 STEP_SKIPPING = StepSkipping(first=3, every=2)
 """28 steps become 16: SPEED.md has what others cost."""
 
-_SKIPS_FROM = ", ".join(f"{row.skips_from} steps or more ({row.name})" for row in SAMPLERS.values())
+_SKIPS_FROM = ", ".join(
+    f"{row.skips_from} steps or more ({row.name})" for row in SAMPLERS.values() if row.skips_from
+)
 
 OPTIONS: dict[str, Option] = {
     row.name: row
@@ -114,7 +117,7 @@ OPTIONS: dict[str, Option] = {
             "cuda_graph",
             True,
             "the text encoder runs as one CUDA graph",
-            excludes=("model", "sequential"),
+            excludes=("model", "float8_model", "sequential"),
             optional=True,
         ),
         Option(
@@ -153,22 +156,39 @@ TIERS: dict[str, Tier] = {
 }
 
 
-def wanted(speed: str, device: str) -> Tier:
-    """The tier that a setting asks for on a device."""
+def situation(offload: str, *, distilled: bool = False, float8: bool = False) -> frozenset[str]:
+    """Those of SITUATIONS that hold; `float8` says that there are no bfloat16 weights to offload.
+    An offload of "none" is none of them."""
+    placed = "float8_model" if float8 and offload == "model" else offload
+    return frozenset({placed, "distilled"} if distilled else {placed}) & SITUATIONS.keys()
+
+
+def wanted(
+    speed: str, device: str, capability: Capability = (9, 0), *, float8: bool = False
+) -> Tier:
+    """The tier that a setting asks for on a device; `auto` keeps float8 weights as they are where
+    the GPU can."""
     if speed == "auto":
-        speed = "exact" if device == "cuda" else "eager"
+        fast = float8 and capability >= OPTIONS["float8"].capability
+        speed = "eager" if device == "cpu" else "fast" if fast else "exact"
     return TIERS[speed]
 
 
 def choose(
-    speed: str, device: str, capability: Capability, situation: frozenset[str]
+    speed: str,
+    device: str,
+    capability: Capability,
+    situation: frozenset[str],
+    *,
+    float8: bool = False,
 ) -> Acceleration:
-    """The tier in force; `situation` are those of SITUATIONS that hold.
+    """The tier in force; `situation` are those of SITUATIONS that hold, `float8` says that the
+    weights come so.
 
     A tier named in the setting is refused with ModelUnavailable where it cannot be; `auto` falls
     back to eager and says why.
     """
-    tier = wanted(speed, device)
+    tier = wanted(speed, device, capability, float8=float8)
     obstacle = _obstacle(tier, device, capability, situation)
     if obstacle is None:
         return Acceleration(tier, tuple(x for x in tier.options if _fits(OPTIONS[x], situation)))
@@ -190,10 +210,10 @@ def eager(why: str) -> Acceleration:
     return Acceleration(TIERS["eager"], (), why)
 
 
-def excludes(tier: Tier, situation: str) -> bool:
-    """Whether the tier cannot be had in one of SITUATIONS."""
+def excludes(tier: Tier, situation: Set[str]) -> bool:
+    """Whether the tier cannot be had where those of SITUATIONS hold."""
     options = (OPTIONS[name] for name in tier.options)
-    return any(not _fits(option, {situation}) for option in options if not option.optional)
+    return any(not _fits(option, situation) for option in options if not option.optional)
 
 
 def _fits(option: Option, situation: Set[str]) -> bool:

@@ -1,9 +1,16 @@
 """How JSON answers carry pictures: in themselves, or as links into the operator's bucket."""
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
-from klein.errors import BadSetting, DeliveryFailed
+from klein.errors import BadSetting, DeliveryFailed, DeliveryRefused
 from klein.settings import Secret, Settings
+
+CONNECT_SECONDS = 5
+READ_SECONDS = 10
+"""Until the bucket answers a picture that it has whole, or takes the next bytes of one."""
+TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +22,7 @@ class Bucket:
     key_id: Secret
     secret: Secret
     expiry: int
+    region: str = "auto"
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "Bucket | None":
@@ -32,38 +40,51 @@ class Bucket:
         key_id, secret = settings.s3_key_id, settings.s3_secret
         if endpoint is None or name is None or key_id is None or secret is None:
             raise BadSetting(f"the bucket is half set: {', '.join(missing)} missing")
-        return cls(endpoint, name, key_id, secret, settings.s3_expiry)
+        return cls(endpoint, name, key_id, secret, settings.s3_expiry, settings.s3_region)
 
     def put(self, key: str, data: bytes, mime_type: str) -> str:
-        """Store `data` and return its link; raises DeliveryFailed."""
-        import boto3
-        from botocore.config import Config
+        """Store `data` and return its link; raises DeliveryFailed, DeliveryRefused where another
+        try would end the same. Callable from several threads at once."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
-            client = boto3.client(
-                "s3",
-                endpoint_url=self.endpoint,
-                aws_access_key_id=self.key_id.value,
-                aws_secret_access_key=self.secret.value,
-                region_name="auto",
-                config=Config(
-                    signature_version="s3v4",
-                    connect_timeout=10,
-                    read_timeout=60,
-                    retries={"max_attempts": 3},
-                    request_checksum_calculation="when_required",
-                    s3={"addressing_style": "path"},
-                ),
-            )
+            client = _client(self)
             client.put_object(Bucket=self.name, Key=key, Body=data, ContentType=mime_type)
             link: str = client.generate_presigned_url(
                 "get_object",
                 Params={"Bucket": self.name, "Key": key},
                 ExpiresIn=self.expiry,
             )
-        except (BotoCoreError, ClientError, ValueError) as error:
+        except ClientError as error:
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            refused = 400 <= status < 500 and status not in (408, 429)
+            kind = DeliveryRefused if refused else DeliveryFailed
+            raise kind(f"the bucket {self.name!r} answered {status} to a picture") from error
+        except (BotoCoreError, ValueError) as error:
             raise DeliveryFailed(
                 f"the bucket {self.name!r} did not take the picture ({type(error).__name__})"
             ) from error
         return link
+
+
+@lru_cache(maxsize=1)
+def _client(bucket: Bucket) -> Any:
+    """boto3's client, which threads may share, of a session of its own, which they may not."""
+    import boto3
+    from botocore.config import Config
+
+    return boto3.session.Session().client(
+        "s3",
+        endpoint_url=bucket.endpoint,
+        aws_access_key_id=bucket.key_id.value,
+        aws_secret_access_key=bucket.secret.value,
+        region_name=bucket.region,
+        config=Config(
+            signature_version="s3v4",
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=READ_SECONDS,
+            retries={"total_max_attempts": TRIES, "mode": "standard"},
+            request_checksum_calculation="when_required",
+            s3={"addressing_style": "path"},
+        ),
+    )

@@ -1,7 +1,7 @@
-"""Writes pictures as bytes with a text inside, and reads that text back.
+"""Writes pictures as bytes with a text and an XMP packet inside, and reads the text back.
 
-PNG carries it in the `parameters` text chunk, JPEG and WebP in the EXIF user comment: the places
-where A1111, Civitai and their kin look.
+PNG carries the text in the `parameters` text chunk, JPEG and WebP in the EXIF user comment: the
+places where A1111, Civitai and their kin look.
 """
 
 import base64
@@ -22,28 +22,33 @@ PREVIEW_SIDE = 256
 """Pixels of a preview's longer side, at most."""
 
 
-def encode(image: "Image", fmt: OutputFormat, quality: int, text: str) -> bytes:
-    """The file's bytes. `quality` 1 to 100 acts on jpeg and webp; webp at 100 is lossless."""
+def encode(image: "Image", fmt: OutputFormat, quality: int, text: str, xmp: bytes = b"") -> bytes:
+    """The file's bytes. `quality` 1 to 100 acts on jpeg and webp; webp at 100 is lossless. An empty
+    text or packet takes no place."""
     from PIL import PngImagePlugin
 
     out = io.BytesIO()
     if fmt.name == "png":
         info = PngImagePlugin.PngInfo()
-        info.add_text("parameters", text)
+        if text:
+            info.add_text("parameters", text)
+        if xmp:
+            info.add_itxt("XML:com.adobe.xmp", xmp.decode())
         image.save(out, "PNG", pnginfo=info, compress_level=4)
     elif fmt.name == "jpeg":
-        image.save(out, "JPEG", quality=quality, subsampling=0, exif=_exif(text))
+        image.save(out, "JPEG", quality=quality, subsampling=0, exif=_exif(text), xmp=xmp)
     else:
-        image.save(out, "WEBP", quality=quality, lossless=fmt.is_exact(quality), exif=_exif(text))
+        lossless = fmt.is_exact(quality)
+        image.save(out, "WEBP", quality=quality, lossless=lossless, exif=_exif(text), xmp=xmp)
     return out.getvalue()
 
 
-def preview_uri(image: "Image") -> str:
+def preview_uri(image: "Image", xmp: bytes) -> str:
     """An image as a small JPEG in a data URI."""
     small = image.copy()
     small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
     out = io.BytesIO()
-    small.save(out, "JPEG", quality=80)
+    small.save(out, "JPEG", quality=80, xmp=xmp)
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
 
 
@@ -61,12 +66,17 @@ def read_text(data: bytes) -> str:
         return text
     if isinstance(comment, bytes) and comment.startswith(_UNICODE):
         return comment.removeprefix(_UNICODE).decode("utf-16-be")
-    raise InvalidRequest("this picture has no generation parameters inside")
+    raise InvalidRequest(
+        "this picture has no generation parameters inside; klein writes none with "
+        "KLEIN_METADATA=none"
+    )
 
 
-def _exif(text: str) -> "Exif":
+def _exif(text: str) -> "Exif | bytes":
     from PIL import Image
 
+    if not text:
+        return b""
     exif = Image.Exif()
     exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _UNICODE + text.encode("utf-16-be")
     return exif

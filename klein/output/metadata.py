@@ -18,6 +18,8 @@ from klein.request.schema import GenerateRequest
 from klein.sources.address import redacted
 
 _NEGATIVE = "\nNegative prompt: "
+_VERSION = {"Version": f"klein {__version__}"}
+_MINIMAL = re.compile(r"Steps: [^\n]*, Version: klein \S+")
 _OWN = re.compile(r', klein: ("(?:[^"\\]|\\.)*")$')
 _IN_TEXT = ("prompt", "negative_prompt")
 _HUB_ONLY = ("weight_name", "revision")
@@ -76,23 +78,37 @@ def to_text(result: GenerationResult, image: GeneratedImage, delivery: Delivery)
         {name: value for name in _IN_REPORT if (value := getattr(report, name)) not in (None, ())}
         for report in applied
     ]
+    hashes = ", ".join(f"{x.path}: {(x.sha256 or '')[:12]}" for x in applied)
     pairs = {
+        **_numbers(result, image),
+        **({"Lora hashes": _quote(hashes)} if applied else {}),
+        **_VERSION,
+        "klein": _quote(json.dumps(own, ensure_ascii=False, separators=(",", ":"))),
+    }
+    return f"{params.prompt}{_NEGATIVE}{params.negative_prompt}\n{_line(pairs)}"
+
+
+def to_minimal_text(result: GenerationResult, image: GeneratedImage) -> str:
+    """The last line alone, without anything of the caller's: no prompts, LoRAs or pictures."""
+    return _line({**_numbers(result, image), **_VERSION})
+
+
+def _numbers(result: GenerationResult, image: GeneratedImage) -> dict[str, Any]:
+    params = result.params
+    return {
         "Steps": params.num_inference_steps,
         "Sampler": SAMPLERS[params.sampler].label,
-        "Schedule type": params.schedule,
+        "Schedule type": "sigmas" if isinstance(params.schedule, tuple) else params.schedule,
         "CFG scale": params.guidance_scale,
         "Seed": image.seed,
         "Size": f"{image.image.width}x{image.image.height}",
-        "Model": result.model.spec.name,
+        "Model": result.model.label,
         "Speed": result.model.speed,
-        "Lora hashes": _quote(", ".join(f"{x.path}: {(x.sha256 or '')[:12]}" for x in applied)),
-        "Version": f"klein {__version__}",
-        "klein": _quote(json.dumps(own, ensure_ascii=False, separators=(",", ":"))),
     }
-    if not applied:
-        del pairs["Lora hashes"]
-    last = ", ".join(f"{key}: {value}" for key, value in pairs.items())
-    return f"{params.prompt}{_NEGATIVE}{params.negative_prompt}\n{last}"
+
+
+def _line(pairs: dict[str, Any]) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in pairs.items())
 
 
 def from_text(text: str) -> GenerateRequest:
@@ -126,6 +142,11 @@ def inputs_of(text: str) -> dict[str, InputInfo]:
 def _own(text: str) -> dict[str, Any]:
     """klein's own JSON."""
     hit = _OWN.search(text)
+    if hit is None and _MINIMAL.fullmatch(text):
+        raise InvalidRequest(
+            "these parameters have no prompt: only what was drawn with KLEIN_METADATA=full can be "
+            "drawn again from its file"
+        )
     if hit is None:
         raise InvalidRequest("these parameters were not written by klein")
     try:

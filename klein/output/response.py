@@ -6,15 +6,31 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from klein.core import Delivery, GenerationParams, GenerationResult, LoraReport, ModelInfo, Timings
+from klein.core import (
+    Delivery,
+    FilterReport,
+    GeneratedImage,
+    GenerationParams,
+    GenerationResult,
+    LoraReport,
+    ModelInfo,
+    Timings,
+)
 from klein.errors import InvalidRequest, OutputTooLarge
 from klein.output import images, metadata
 from klein.output.delivery import Bucket
+from klein.output.marks import Marks
 from klein.request.formats import FORMATS
 from klein.sources.address import redacted
 
 SMALLER = ("webp", 90)
 """Format and quality that images get when an answer would be too large for the platform."""
+TEXTS: dict[str, Callable[[GenerationResult, GeneratedImage, Delivery], str]] = {
+    "full": metadata.to_text,
+    "minimal": lambda result, image, _: metadata.to_minimal_text(result, image),
+    "none": lambda *_: "",
+}
+"""The text inside an image, by KLEIN_METADATA."""
 ENVELOPE_BYTES = 100_000
 """Of an answer beside its images: more than it ever takes."""
 
@@ -35,62 +51,76 @@ Place = Callable[[int, EncodedImage], dict[str, str]]
 """Puts an image where it is to be found, given its number from 0: {"base64": …} or {"url": …}."""
 
 
-def encode(result: GenerationResult, delivery: Delivery) -> list[EncodedImage]:
-    """Every image in the format asked for, its parameters inside."""
+def encode(result: GenerationResult, delivery: Delivery, marks: Marks) -> list[EncodedImage]:
+    """Every image in the format asked for, its parameters and marks inside.
+
+    Raises InternalError for one that cannot be signed.
+    """
+    return [_encode(result, image, delivery, marks) for image in result.images]
+
+
+def _encode(
+    result: GenerationResult, image: GeneratedImage, delivery: Delivery, marks: Marks
+) -> EncodedImage:
     fmt = FORMATS[delivery.output_format]
-    return [
-        EncodedImage(
-            image.seed,
-            images.encode(
-                image.image,
-                fmt,
-                delivery.output_quality,
-                metadata.to_text(result, image, delivery),
-            ),
-            fmt.mime_type,
-            *image.image.size,
-            image.unchanged_pixels if fmt.is_exact(delivery.output_quality) else None,
-        )
-        for image in result.images
-    ]
+    return EncodedImage(
+        image.seed,
+        image.file or _file(result, image, delivery, marks),
+        fmt.mime_type,
+        *image.image.size,
+        image.unchanged_pixels if fmt.is_exact(delivery.output_quality) else None,
+    )
+
+
+def _file(
+    result: GenerationResult, image: GeneratedImage, delivery: Delivery, marks: Marks
+) -> bytes:
+    fmt, quality = FORMATS[delivery.output_format], delivery.output_quality
+    text = TEXTS[marks.metadata](result, image, delivery)
+    data = images.encode(image.image, fmt, quality, text, marks.xmp(result.params))
+    return marks.sign(data, fmt.mime_type, result)
 
 
 def to_json(
-    result: GenerationResult, delivery: Delivery, bucket: Bucket | None = None
+    result: GenerationResult, delivery: Delivery, marks: Marks, bucket: Bucket | None = None
 ) -> dict[str, Any]:
-    """The answer of `generate_json` and of the RunPod worker."""
-    return _answer(result, delivery, encode(result, delivery), bucket)
+    """The answer of `generate_json`."""
+    return _answer(result, delivery, marks, encode(result, delivery, marks), bucket)
 
 
 def to_json_within(
-    result: GenerationResult, delivery: Delivery, bucket: Bucket | None, limit_bytes: float
+    result: GenerationResult,
+    delivery: Delivery,
+    marks: Marks,
+    bucket: Bucket | None,
+    limit_bytes: float,
 ) -> dict[str, Any]:
     """`to_json`, kept under a platform's limit: by links if there is a bucket, else as WebP.
 
     The warnings say what was done. Raises OutputTooLarge when even that is too large.
     """
-    encoded = encode(result, delivery)
+    encoded = encode(result, delivery, marks)
     size = _wire_size(encoded)
     if delivery.return_type == "url" or size < limit_bytes:
-        return _answer(result, delivery, encoded, bucket)
+        return _answer(result, delivery, marks, encoded, bucket)
     over = f"an answer of {size / 1e6:.1f} MB is over the limit of {limit_bytes / 1e6:g} MB"
     if bucket is not None:
         warned = _warned(
             result, f"{over}: images were put into the bucket, return_type became 'url'"
         )
-        return _answer(warned, replace(delivery, return_type="url"), encoded, bucket)
+        return _answer(warned, replace(delivery, return_type="url"), marks, encoded, bucket)
     name, quality = SMALLER
     warned = _warned(
         result,
         f"{over}: images were written as {name} at quality {quality}; a bucket would keep them",
     )
     smaller = replace(delivery, output_format=name, output_quality=quality)
-    encoded = encode(warned, smaller)
+    encoded = encode(warned, smaller, marks)
     if _wire_size(encoded) >= limit_bytes:
         raise OutputTooLarge(
             f"{over}, even as {name}: ask for fewer or smaller images, or set KLEIN_S3_…"
         )
-    return _answer(warned, smaller, encoded, bucket)
+    return _answer(warned, smaller, marks, encoded, bucket)
 
 
 def require_bucket(return_type: str, bucket: Bucket | None) -> None:
@@ -119,6 +149,7 @@ def model_json(model: ModelInfo) -> dict[str, Any]:
         "id": model.id,
         "name": model.spec.name,
         "revision": model.revision,
+        "transformer": model.transformer,
         "license": model.spec.license,
         "device": model.device,
         "dtype": model.dtype,
@@ -136,6 +167,15 @@ def parameters_json(params: GenerationParams, delivery: Delivery) -> dict[str, A
     return {**asdict(params), "loras": loras, **asdict(delivery)}
 
 
+def filter_json(report: FilterReport) -> dict[str, Any]:
+    """Which images the filter refused or marked, and why; `image` is null for the request."""
+    told: dict[str, Any] = {"name": report.name, "refused": [], "marked": []}
+    for note in report.notes:
+        entry = {"image": note.image, "seed": note.seed, "reason": note.reason}
+        told["refused" if note.refused else "marked"].append(entry)
+    return told
+
+
 def inline(_: int, image: EncodedImage) -> dict[str, str]:
     """An image in the answer itself."""
     return {"base64": base64.b64encode(image.data).decode()}
@@ -144,23 +184,28 @@ def inline(_: int, image: EncodedImage) -> dict[str, str]:
 def _answer(
     result: GenerationResult,
     delivery: Delivery,
+    marks: Marks,
     encoded: list[EncodedImage],
     bucket: Bucket | None,
 ) -> dict[str, Any]:
     require_bucket(delivery.return_type, bucket)
     if delivery.return_type != "url" or bucket is None:
-        return answer(result, delivery, encoded, inline)
+        return answer(result, delivery, marks, encoded, inline)
     extension = FORMATS[delivery.output_format].extension
 
     def put(number: int, image: EncodedImage) -> dict[str, str]:
         key = f"klein/{result.id}/{number}.{extension}"
         return {"url": bucket.put(key, image.data, image.mime_type)}
 
-    return answer(result, delivery, encoded, put)
+    return answer(result, delivery, marks, encoded, put)
 
 
 def answer(
-    result: GenerationResult, delivery: Delivery, encoded: list[EncodedImage], place: Place
+    result: GenerationResult,
+    delivery: Delivery,
+    marks: Marks,
+    encoded: list[EncodedImage],
+    place: Place,
 ) -> dict[str, Any]:
     """All there is to know about a result, with its images where `place` puts them."""
     return {
@@ -177,6 +222,8 @@ def answer(
         "warnings": list(result.warnings),
         "timings": timings_json(result.timings),
         "transformer_forwards": result.forwards,
+        "marks": marks.of(result.params),
+        "filter": filter_json(result.filter) if result.filter else None,
         "model": model_json(result.model),
     }
 

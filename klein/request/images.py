@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 
 from klein.errors import InvalidRequest
 from klein.models import sizes
+from klein.settings import PICTURES_MB
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_IMAGES = 4
 MAX_BYTES = 20_000_000
-MAX_TOTAL_BYTES = 50_000_000
+MAX_TOTAL_BYTES = PICTURES_MB * 1_000_000
 """Of all pictures of a request together."""
 MAX_TEXT = MAX_BYTES * 4 // 3 + 100
 """Characters of base64 for the largest picture, with a data URI's head."""
@@ -40,10 +41,11 @@ _MEDIA_TYPES = ("image/png", "image/jpeg", "image/jpg", "image/webp")
 class Picture:
     """A caller's picture: upright, RGB, or RGBA where parts of it are transparent.
 
-    `sha256` is that of its bytes; `notes` say what was changed by reading it.
+    `sha256` is that of its bytes, `data`; `notes` say what was changed by reading it.
     """
 
     image: "Image"
+    data: bytes
     sha256: str
     notes: tuple[str, ...] = ()
 
@@ -112,7 +114,7 @@ def decode(data: bytes, field: str) -> Picture:
             if image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False):
                 raise _refused(field, "it is animated; send one frame")
             image.load()
-            return Picture(*_upright(image, data))
+            return _upright(image, data)
     except InvalidRequest:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -161,12 +163,12 @@ def _check_size(width: int, height: int, field: str) -> None:
         raise _refused(field, f"{shown} is too large; {_MOST_PIXELS}")
 
 
-def _upright(image: "Image", data: bytes) -> tuple["Image", str, tuple[str, ...]]:
+def _upright(image: "Image", data: bytes) -> Picture:
     from PIL import ImageOps
 
     notes = [note for note, is_so in _NOTES.items() if is_so(image, data)]
     turned = ImageOps.exif_transpose(image)
-    return _normal(turned), hashlib.sha256(data).hexdigest(), tuple(notes)
+    return Picture(_normal(turned), data, hashlib.sha256(data).hexdigest(), tuple(notes))
 
 
 def _normal(image: "Image") -> "Image":

@@ -18,6 +18,8 @@ class Preset:
     schedule: str = "bfl"
     sampler: str = DEFAULT_SAMPLER
     max_sequence_length: int = 512
+    turbo: bool = False
+    """Whether it draws well only with a turbo LoRA on a base model."""
 
 
 PRESETS: dict[str, Preset] = {
@@ -38,6 +40,16 @@ PRESETS: dict[str, Preset] = {
             1024,
             1024,
             schedule="ai_toolkit",
+        ),
+        Preset(
+            "turbo_lora",
+            "8 forwards, with a turbo LoRA on a base model",
+            8,
+            1.0,
+            1024,
+            1024,
+            sampler="lcm",
+            turbo=True,
         ),
     )
 }

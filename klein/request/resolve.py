@@ -16,6 +16,7 @@ from klein.request.edit import InputSources
 from klein.request.formats import FORMATS
 from klein.request.presets import DEFAULT_PRESET, PRESETS, Preset
 from klein.request.schema import MAX_LORAS, GenerateRequest
+from klein.sources.address import redacted
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +41,14 @@ def resolve(
     draw_seed: Callable[[], int],
     *,
     prompt_loras: bool = False,
+    base_loras: tuple[LoraSpec, ...] = (),
 ) -> Resolved:
     """Fill what `request` leaves open: its own values first, then a distilled model's, then the
     preset's. Raises InvalidRequest for a size no picture can have, and for fields that do not go
     together.
 
     With `prompt_loras`, `<lora:name:0.8>` in the prompt is a LoRA and is taken out of it.
+    `base_loras` come first, whatever the request says.
     """
     preset = PRESETS[request.preset or DEFAULT_PRESET]
     warnings: list[str] = []
@@ -53,6 +56,12 @@ def resolve(
     loras = (*_loras(request, warnings), *named)
     if len(loras) > MAX_LORAS:
         raise InvalidRequest(f"loras: {len(loras)} are too many, {MAX_LORAS} are the most")
+    loras = _with_base(loras, base_loras, warnings)
+    if preset.turbo and not model.distilled and not any(map(_is_turbo, loras)):
+        warnings.append(
+            f"preset {preset.name} is for a base model with a turbo LoRA on, and no LoRA here is "
+            "called one: without it images are blurred"
+        )
     edit.check_combination(request)
     own = sizes.scale_to(preset.width, preset.height, model.native_size)
     sources = edit.sources(request, own[0] * own[1], model)
@@ -67,9 +76,7 @@ def resolve(
         preset=preset.name,
         width=width,
         height=height,
-        num_inference_steps=_first(
-            request.num_inference_steps, model.num_inference_steps, preset.num_inference_steps
-        ),
+        num_inference_steps=_steps(request, preset, model),
         guidance_scale=_guidance(request, preset, model, warnings),
         seed=_first(request.seed, draw_seed() if request.seed is None else None),
         num_images=request.num_images,
@@ -88,6 +95,37 @@ def resolve(
             "the mask stay as they are"
         )
     return Resolved(params, delivery, tuple(warnings), sources)
+
+
+def _steps(request: GenerateRequest, preset: Preset, model: ModelSpec) -> int:
+    """How many steps a run has: as many as there are noise levels, where those are given."""
+    asked = request.num_inference_steps
+    if not isinstance(request.schedule, tuple):
+        return int(_first(asked, model.num_inference_steps, preset.num_inference_steps))
+    if asked not in (None, len(request.schedule)):
+        raise InvalidRequest(
+            f"num_inference_steps: {asked} steps, and schedule has {len(request.schedule)} noise "
+            "levels: leave the number out",
+            field="num_inference_steps",
+        )
+    return len(request.schedule)
+
+
+def _with_base(
+    loras: tuple[LoraSpec, ...], base: tuple[LoraSpec, ...], warnings: list[str]
+) -> tuple[LoraSpec, ...]:
+    """The LoRAs that are always on, then a request's others."""
+    fixed = {redacted(lora.path): lora.scale for lora in base}
+    for lora in loras:
+        name = redacted(lora.path)
+        if lora.scale != fixed.get(name, lora.scale):
+            warnings.append(f"{name} is always on here at scale {fixed[name]:g}, whatever is asked")
+    return (*base, *(lora for lora in loras if redacted(lora.path) not in fixed))
+
+
+def _is_turbo(lora: LoraSpec) -> bool:
+    """Whether a LoRA's name says that it makes a base model draw in few steps."""
+    return bool(re.search("turbo|distil|lightning|hyper|lcm", lora.path, re.IGNORECASE))
 
 
 def _first(*values: Any) -> Any:

@@ -17,8 +17,9 @@ from pydantic_core import PydanticCustomError
 
 from klein.errors import InvalidRequest, unknown
 from klein.lora.spec import SCALE_RANGE
+from klein.models import schedule as schedules
 from klein.models.samplers import DEFAULT_SAMPLER, SAMPLERS
-from klein.models.schedule import MU_RANGE, SCHEDULES
+from klein.models.schedule import MAX_STEPS, MU_RANGE, SCHEDULES, Schedule
 from klein.request import formats, presets
 from klein.request.images import MAX_IMAGES, MAX_TEXT
 
@@ -60,24 +61,37 @@ def _enum(known: Collection[str]) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "enum": list(known)})
 
 
-def _schedule(value: Any) -> str | float:
-    """A name from SCHEDULES or mu; numbers in text are taken, as the command line sends them."""
+def _schedule(value: Any) -> Schedule:
+    """A name from SCHEDULES, mu, or noise levels; numbers in text, with commas between several, are
+    taken as the command line sends them."""
     if isinstance(value, str):
         if value in SCHEDULES:
             return value
         try:
-            value = float(value)
+            numbers = [float(number) for number in value.split(",")]
         except ValueError:
             why = unknown("schedule", value, [*SCHEDULES, "a number (mu)"])
             raise PydanticCustomError("unknown_name", "{why}", {"why": why}) from None
+        value = numbers if "," in value else numbers[0]
+    if isinstance(value, list | tuple):
+        return _levels(value)
     low, high = MU_RANGE
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise PydanticCustomError(
             "schedule",
-            "a schedule is a name or mu, a number from {low} to {high}",
+            "a schedule is a name, a list of noise levels, or mu, a number from {low} to {high}",
             {"low": low, "high": high},
         )
     return float(value)
+
+
+def _levels(values: Sequence[Any]) -> tuple[float, ...]:
+    """Noise levels, without the 0 that may end them."""
+    numeric = all(isinstance(x, int | float) and not isinstance(x, bool) for x in values)
+    levels = values[:-1] if numeric and values and values[-1] == 0 else values
+    if why := schedules.fault(levels) if numeric else "noise levels are numbers":
+        raise PydanticCustomError("schedule", "{why}", {"why": why})
+    return tuple(map(float, levels))
 
 
 def _none_if_blank(value: Any) -> Any:
@@ -93,9 +107,17 @@ ReturnType = Annotated[
     str, _one_of("return_type", formats.RETURN_TYPES), _enum(formats.RETURN_TYPES)
 ]
 ScheduleField = Annotated[
-    str | float,
+    str | float | tuple[float, ...],
     BeforeValidator(_schedule),
-    WithJsonSchema({"anyOf": [{"type": "string", "enum": list(SCHEDULES)}, {"type": "number"}]}),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "enum": list(SCHEDULES)},
+                {"type": "number"},
+                {"type": "array", "items": {"type": "number"}, "maxItems": MAX_STEPS + 1},
+            ]
+        }
+    ),
 ]
 
 
@@ -169,7 +191,7 @@ class GenerateRequest(_Strict):
     height: Annotated[int, Field(ge=1, le=8192), NUMBER] | None = Field(
         None, description="pixels; at most 4 megapixels in all, sides at most 8:1"
     )
-    num_inference_steps: Annotated[int, Field(ge=1, le=100), NUMBER] | None = Field(
+    num_inference_steps: Annotated[int, Field(ge=1, le=MAX_STEPS), NUMBER] | None = Field(
         None, description="denoising steps"
     )
     guidance_scale: Annotated[float, Field(ge=0, le=20), NUMBER] | None = Field(
@@ -191,7 +213,7 @@ class GenerateRequest(_Strict):
         None, description=f"how steps are taken; `{DEFAULT_SAMPLER}` if left out"
     )
     schedule: ScheduleField | None = Field(
-        None, description="time shift: a name, or a number taken as mu"
+        None, description="time shift: a name, a number taken as mu, or a list of noise levels"
     )
     max_sequence_length: Annotated[int, Field(ge=16, le=512), NUMBER] | None = Field(
         None, description="prompt tokens read; part of a picture's identity"

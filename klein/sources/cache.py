@@ -1,7 +1,8 @@
 """Fetched files on disk, by content, the least recently used thrown away first.
 
     refs/<hash of the reference>.json   which content a reference led to, and when it did so last
-    files/<sha256>.safetensors          the content; its time of access is that of its last use
+    files/<sha256>.safetensors          the content, never touched again: its times prove that
+    files/<sha256>.used                 its time is that of the last use
     partial/<hash of the reference>.<store>.part   a download under way, or interrupted
 
 Everything appears by renaming, so workers can share the folder on a network volume. All of it
@@ -35,6 +36,7 @@ FORGOTTEN = 86400.0
 """Seconds after which nobody goes on with an interrupted download."""
 HEADROOM = 64 * 1024**2
 """Bytes of a disk that are left free."""
+USED = ".used"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Fetch = Callable[[Path, Reserve], str | None]
@@ -50,6 +52,15 @@ class Known:
     path: Path
     name: str
     asked: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """Files that were here when they were asked for, those that were fetched, and bytes kept."""
+
+    hits: int
+    fetches: int
+    bytes: int
 
 
 @dataclass(slots=True)
@@ -74,7 +85,9 @@ class Store:
         max_bytes: float,
         grace: float,
         free: Callable[[Path], int] = disk_free,
+        setting: str = "KLEIN_LORA_CACHE_GB",
     ) -> None:
+        """`setting` is the one that `max_bytes` comes from."""
         self._places = [folder]
         if not _writable(folder):
             temporary = _temporary()
@@ -83,11 +96,23 @@ class Store:
         self._max_bytes = max_bytes
         self._grace = grace
         self._free = free
+        self._setting = setting
         self._own = uuid.uuid4().hex[:12]
         self._lock = threading.Lock()
         self._flights: dict[str, _Flight] = {}
         self._reserved: dict[Path, int] = {}
+        self._hits = self._fetches = 0
         self._drop_forgotten()
+        self._bytes = self._measure()
+
+    def stats(self) -> StoreStats:
+        """Counts since the start; the bytes as they were after the last fetch."""
+        return StoreStats(self._hits, self._fetches, self._bytes)
+
+    def count_hit(self) -> None:
+        """Note that a file did not need to be fetched."""
+        with self._lock:
+            self._hits += 1
 
     def find(self, ref: str, sha256: str | None = None) -> Known | None:
         """What `ref` leads to, if it is here: the content `sha256`, where that is promised."""
@@ -141,9 +166,10 @@ class Store:
             _write_ref(place, ref, path.stem, name)
 
     def drop(self, path: Path) -> None:
-        """Delete a file whose content is not what its name says."""
+        """Delete a file, and what is noted of it."""
         with suppress(OSError):
-            path.unlink()
+            forget(path)
+            path.with_suffix(USED).unlink(missing_ok=True)
 
     def names(self) -> list[tuple[str, Path]]:
         """Every reference with a file, by the name to show for it."""
@@ -205,6 +231,9 @@ class Store:
         part.replace(path)
         _touch(path)
         _write_ref(place, ref, sha256, name)
+        with self._lock:
+            self._fetches += 1
+            self._bytes = self._measure()
         return path
 
     # -- room ----------------------------------------------------------------------------------
@@ -214,7 +243,7 @@ class Store:
         if size > self._max_bytes:
             raise FetchFailed(
                 f"it is larger than the whole cache of {self._max_bytes / 1e9:g} GB "
-                "(KLEIN_LORA_CACHE_GB)"
+                f"({self._setting})"
             )
         with self._lock:
             self._reserved[part] = size
@@ -222,7 +251,7 @@ class Store:
                 del self._reserved[part]
                 raise FetchFailed(
                     "the cache, or its disk, is full of files in use: try again later, or raise "
-                    "KLEIN_LORA_CACHE_GB",
+                    f"{self._setting}",
                     retryable=True,
                 )
 
@@ -239,9 +268,12 @@ class Store:
                 return True
             lasting = ABANDONED if path.suffix == ".part" else self._grace
             if path not in self._reserved and time.time() - used >= lasting:
-                forget(path)
+                self.drop(path)
                 total -= size
         return total <= self._max_bytes and growth + HEADROOM <= self._free(place)
+
+    def _measure(self) -> int:
+        return sum(size for _, size, _ in self._entries(self._places[0]))
 
     def _entries(self, place: Path) -> list[tuple[float, int, Path]]:
         """Last use, bytes and path of everything that counts."""
@@ -249,8 +281,7 @@ class Store:
         for pattern in ("files/*.safetensors", "partial/*.part"):
             for path in place.glob(pattern):
                 with suppress(OSError):
-                    stat = path.stat()
-                    found.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))
+                    found.append((_last_use(path), path.stat().st_size, path))
         return found
 
     def _drop_forgotten(self) -> None:
@@ -285,9 +316,17 @@ def _write_ref(place: Path, ref: str, sha256: str, name: str) -> None:
 
 
 def _touch(path: Path) -> None:
-    """Note a use, and leave the time of the content as it is."""
+    """Note a use, beside the content."""
     with suppress(OSError):  # a read-only volume
-        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+        path.with_suffix(USED).touch()
+
+
+def _last_use(path: Path) -> float:
+    """When a file was used or written last, in seconds since 1970."""
+    times = [path.stat().st_mtime]
+    with suppress(OSError):
+        times.append(path.with_suffix(USED).stat().st_mtime)
+    return max(times)
 
 
 def _size(path: Path) -> int:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from klein.sources.transport import (
 )
 
 MAX_BYTES = 4 * 1024**3
-"""The largest file, wherever it comes from."""
+"""The largest file, wherever it comes from, unless a fetcher is made for larger ones."""
 MAX_JSON_BYTES = 2 * 1024**2
 MAX_SECONDS = 900.0
 """Of one exchange whose caller names no earlier deadline."""
@@ -34,6 +34,10 @@ _RETRYABLE = frozenset({408, 425, 429})
 
 Reserve = Callable[[int], None]
 """Called with the bytes that a file will have taken, before they are written; may raise."""
+
+
+def ignore_size(_: int) -> None:
+    """Of a fetch that nobody counts."""
 
 
 class Refused(FetchFailed):
@@ -86,9 +90,14 @@ class _Answer:
 
 @dataclass(frozen=True, slots=True)
 class Fetcher:
-    """Fetches over https. `own_hosts` may also be private and answer over plain http."""
+    """Fetches over https. `own_hosts` may also be private and answer over plain http; no file is
+    larger than `max_bytes`, and no exchange takes more than `max_seconds`. `on_received` is called
+    with the bytes of bodies as they come, in any thread."""
 
     own_hosts: frozenset[str] = frozenset()
+    max_bytes: int = MAX_BYTES
+    max_seconds: float = MAX_SECONDS
+    on_received: Callable[[int], None] = ignore_size
 
     def json(self, url: str, headers: Mapping[str, str], watch: Watch = UNWATCHED) -> Any:
         """A small JSON document; raises FetchFailed."""
@@ -156,7 +165,7 @@ class Fetcher:
         Raises FetchFailed, and OSError as the disk does; what was received stays in `part` for
         the next attempt.
         """
-        check_size(_parsed(offer.url).host, offer.size or 0)
+        check_size(_parsed(offer.url).host, offer.size or 0, self.max_bytes)
         for _ in range(2):
             if self._resume(offer, part, watch, reserve):
                 part.with_suffix(".tag").unlink(missing_ok=True)
@@ -176,15 +185,54 @@ class Fetcher:
                 return False
             have = have if answer.status == 206 else 0
             total = None if answer.length is None else have + answer.length
-            check_size(answer.host, total or 0)
+            check_size(answer.host, total or 0, self.max_bytes)
             reserve(total or STEP_BYTES)
             part.with_suffix(".tag").write_text(answer.headers.get("etag", ""))
-            have = _write(answer, part, have, total, watch, reserve)
+            have = self._write(answer, part, have, total, watch, reserve)
         if have != (total or have) or have != (offer.size or have):
             raise FetchFailed(
                 f"{answer.host} sent {have} of {offer.size or total} bytes", retryable=True
             )
         return True
+
+    def _write(
+        self,
+        answer: _Answer,
+        part: Path,
+        have: int,
+        total: int | None,
+        watch: Watch,
+        reserve: Reserve,
+    ) -> int:
+        """Write the body behind the first `have` bytes of `part`; returns how many there are."""
+        reserved = total or STEP_BYTES
+        with part.open("ab" if have else "wb") as out:
+            for chunk in answer.body:
+                have += len(chunk)
+                check_size(answer.host, have, self.max_bytes)
+                if have > reserved:
+                    reserved = have + STEP_BYTES
+                    reserve(reserved)
+                out.write(chunk)
+                watch.on_bytes(have, total)
+        return have
+
+    def start(self, offer: Offer, count: int) -> tuple[bytes, int]:
+        """The first `count` bytes of a file, or all if it has fewer, and its size; raises
+        FetchFailed, also where the server does not tell a size."""
+        body = bytearray()
+        headers = {**offer.headers, "range": f"bytes=0-{count - 1}"}
+        with self._open("GET", offer.url, headers, UNWATCHED) as answer:
+            for chunk in answer.body:
+                body += chunk
+                if len(body) >= count:
+                    break
+            size = answer.span[1] if answer.status == 206 else answer.length
+        size = offer.size or size
+        if size is None:
+            raise FetchFailed(f"{answer.host} does not say how large the file is")
+        check_size(answer.host, size, self.max_bytes)
+        return bytes(body[:count]), size
 
     @contextmanager
     def _open(
@@ -198,7 +246,7 @@ class Fetcher:
         """The answer after at most five checked redirects, of a GET; raises FetchFailed."""
         address = _parsed(url)
         sent = {"user-agent": "klein", "accept-encoding": "identity", **headers}
-        bounds = Bounds(watch, MAX_SECONDS)
+        bounds = Bounds(watch, self.max_seconds)
         network = GuardedNetwork(self.own_hosts, bounds)
         with httpcore.ConnectionPool(tls(), network_backend=network) as pool:
             for _ in range(MAX_REDIRECTS + 1):
@@ -211,7 +259,7 @@ class Fetcher:
                     ) as response,
                 ):
                     bounds.expect_body()
-                    answer = _answer(address.host, response)
+                    answer = _answer(address.host, response, self.on_received)
                     if method == "GET" and response.status in (301, 302, 303, 307, 308):
                         address, sent = _follow(address, answer, sent)
                         continue
@@ -244,32 +292,20 @@ def _mapped(host: str) -> Iterator[None]:
         raise FetchFailed(f"{host} broke off; try again", retryable=True) from error
 
 
-def _answer(host: str, response: httpcore.Response) -> _Answer:
+def _answer(host: str, response: httpcore.Response, on_received: Callable[[int], None]) -> _Answer:
     headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in response.headers}
-    return _Answer(host, response.status, headers, response.iter_stream())
+    return _Answer(host, response.status, headers, _counted(response.iter_stream(), on_received))
+
+
+def _counted(chunks: Iterable[bytes], on_received: Callable[[int], None]) -> Iterator[bytes]:
+    for chunk in chunks:
+        on_received(len(chunk))
+        yield chunk
 
 
 def _is_late(status: int, sent: Mapping[str, str]) -> bool:
     """Whether a server says that there is nothing after the part that is here already."""
     return status == 416 and "range" in sent
-
-
-def _write(
-    answer: _Answer, part: Path, have: int, total: int | None, watch: Watch, reserve: Reserve
-) -> int:
-    """Write the body behind the first `have` bytes of `part`; returns how many there are then."""
-    reserved = total or STEP_BYTES
-    with part.open("ab" if have else "wb") as out:
-        for chunk in answer.body:
-            have += len(chunk)
-            if have > MAX_BYTES:
-                check_size(answer.host, have)
-            if have > reserved:
-                reserved = have + STEP_BYTES
-                reserve(reserved)
-            out.write(chunk)
-            watch.on_bytes(have, total)
-    return have
 
 
 def _begun(part: Path) -> tuple[str, int]:
@@ -288,10 +324,10 @@ def forget(part: Path) -> None:
     part.with_suffix(".tag").unlink(missing_ok=True)
 
 
-def check_size(who: str, size: int) -> None:
-    """Raise FetchFailed when `who` offers a file of more than MAX_BYTES."""
-    if size > MAX_BYTES:
-        raise FetchFailed(f"{who} offers {size} bytes; {MAX_BYTES} are the most")
+def check_size(who: str, size: int, most: int = MAX_BYTES) -> None:
+    """Raise FetchFailed when `who` offers a file of more than `most` bytes."""
+    if size > most:
+        raise FetchFailed(f"{who} offers {size} bytes; {most} are the most")
 
 
 def _parsed(url: str) -> Address:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from klein.sources import safetensors
 from klein.sources.cache import Store
 from klein.sources.civitai import Civitai
 from klein.sources.fetch import Fetcher, Offer, Reserve, forget
@@ -14,6 +15,9 @@ from klein.sources.transport import UNWATCHED, FetchFailed, Watch
 
 FRESH = 300.0
 """Seconds for which what a branch of a Hub repository led to is not asked again."""
+
+HEADER_BYTES = 1024**2
+"""What is read of a file first: more than the header of nearly every one."""
 
 Refuse = Callable[[Path], str | None]
 """Looks at a file before it is kept: a sentence on why it is not, or None."""
@@ -49,16 +53,36 @@ class RemoteFiles:
         Raises FetchFailed, OSError as the disk does, and what `watch` raises.
         """
         if found := self.at_hand(ref):
+            self.store.count_hit()
             return found
+        if isinstance(ref, HubFile):
+            return self._of_hub(ref, name, refuse, watch)
+        sha256 = ref.sha256 if isinstance(ref, UrlFile) else None
+        return self._fetch(ref.key, name, partial(self._offer, ref, watch), sha256, refuse, watch)
+
+    def header(self, ref: RemoteFile) -> tuple[safetensors.Header, Offer]:
+        """The header of a .safetensors file, read without fetching the rest, and the offer it is
+        of. Raises FetchFailed, and Damaged for what is no such file."""
+        try:
+            offer = self._offer(ref, UNWATCHED)
+            raw, size = self._fetcher.start(offer, HEADER_BYTES)
+            end = 8 + safetensors.header_length(raw, size, 16 * HEADER_BYTES)
+            if end > len(raw):
+                raw, size = self._fetcher.start(offer, end)
+        except FetchFailed as error:
+            if isinstance(ref, HubFile):
+                raise self._hub.explain(error, ref) from error
+            raise
+        return safetensors.parse(raw[8:end], size), offer
+
+    def _offer(self, ref: RemoteFile, watch: Watch) -> Offer:
         match ref:
             case HubFile():
-                return self._of_hub(ref, name, refuse, watch)
+                return self._hub.offer(ref, watch)[1]
             case UrlFile(url, sha256):
-                offer = Offer(url, sha256=sha256)
-                return self._fetch(ref.key, name, lambda: offer, sha256, refuse, watch)
+                return Offer(url, sha256=sha256)
             case CivitaiFile():
-                promise = partial(self._civitai.offer, ref, watch)
-                return self._fetch(ref.key, name, promise, None, refuse, watch)
+                return self._civitai.offer(ref, watch)
 
     def _of_hub(self, ref: HubFile, name: str, refuse: Refuse, watch: Watch) -> Path:
         """The file of the commit that a branch is at now, or was when the Hub last answered."""

@@ -67,13 +67,18 @@ def read(file: IO[bytes], max_header_bytes: int = MAX_HEADER_BYTES) -> Header:
     """The header of an open file, which is left behind it; raises Damaged, and OSError as the
     disk does."""
     size = os.fstat(file.fileno()).st_size
-    prefix = file.read(8)
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or not 2 <= length <= size - 8:
+    length = header_length(file.read(8), size, max_header_bytes)
+    return parse(file.read(length), size)
+
+
+def header_length(start: bytes, size: int, max_header_bytes: int = MAX_HEADER_BYTES) -> int:
+    """Bytes of the JSON after the first 8 of a file of `size` bytes; raises Damaged."""
+    length = int.from_bytes(start[:8], "little")
+    if len(start) < 8 or not 2 <= length <= size - 8:
         raise Damaged("it is not a safetensors file, or its header does not end")
     if length > max_header_bytes:
         raise Damaged(f"its header has {length} bytes, {max_header_bytes} are the most")
-    return parse(file.read(length), size)
+    return length
 
 
 def parse(raw: bytes, size: int) -> Header:

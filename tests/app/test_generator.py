@@ -24,7 +24,7 @@ def library() -> fakes.FakeLibrary:
 
 @pytest.fixture
 def generator(pipeline: fakes.FakePipeline, library: fakes.FakeLibrary) -> Iterator[Generator]:
-    made = fakes.generator(pipeline, library=library, KLEIN_QUEUE_SIZE="2")
+    made = fakes.generator(pipeline, library, KLEIN_QUEUE_SIZE="2")
     yield made
     pipeline.gate.set()
     library.fetched.set()
@@ -114,7 +114,7 @@ def test_the_deadline_holds_while_a_library_hangs(
     """Even a fetch that never looks up does not keep its caller."""
     held = fakes.FakeLibrary()
     held.find = lambda spec, on_bytes, **_: time.sleep(2)  # type: ignore[method-assign, assignment]
-    generator = fakes.generator(pipeline, library=held, KLEIN_TIMEOUT="1")
+    generator = fakes.generator(pipeline, held, KLEIN_TIMEOUT="1")
     started = time.monotonic()
     with pytest.raises(DeadlineExceeded):
         asyncio.run(generator.run(WITH_LORA, generator.context()))

@@ -25,7 +25,7 @@ def run(
 ) -> None:
     """A scenario on a registry of a fake pipeline, all of it stopped at the end."""
     pipeline = fakes.FakePipeline()
-    generator = fakes.generator(pipeline, library=None, **settings)
+    generator = fakes.generator(pipeline, **settings)
 
     async def whole() -> None:
         registry = JobRegistry(generator)
@@ -89,7 +89,7 @@ def test_every_accepted_job_ends_exactly_once(seed: int) -> None:
         page, _ = registry.page(None, 100, None)
         assert set(page) == set(accepted)
         queue = registry._generator.engine.queue()
-        assert (queue.running, queue.waiting) == (None, ())
+        assert (queue.running, queue.waiting) == ((), ())
 
     run(scenario, KLEIN_QUEUE_SIZE="4")
 
@@ -304,7 +304,7 @@ def test_step_times() -> None:
     times = StepTimes()
     params = fakes.params(width=256, height=256, num_inference_steps=10, guidance_scale=1)
     assert times.seconds(params) is None
-    assert times.wait(QueueView(None, 0.0, ()), 0) is None
+    assert times.wait(QueueView((), ()), 0) is None
     result = fakes.result(params)
     times.learn(replace(result, timings=Timings(total=1.0)))
     assert times.seconds(params) is None  # nothing was measured
@@ -321,4 +321,6 @@ def test_step_times() -> None:
     times.learn(replace(result, timings=Timings(text=0.2, denoise=2.0, decode=0.5)))
     assert times.seconds(params) == pytest.approx(0.7 + 1.3)
     waiting = tuple(replace(fakes.job(), params=params) for _ in range(2))
-    assert times.wait(QueueView(None, 0.0, waiting), 1) == pytest.approx(2.0)
+    assert times.wait(QueueView((), waiting), 1) == pytest.approx(2.0)
+    assert times.wait(QueueView((), waiting, workers=2), 1) == 0.0
+    assert times.wait(QueueView((), waiting, workers=2), 2) == pytest.approx(2.0)

@@ -74,7 +74,7 @@ def test_a_job_tells_its_receiver() -> None:
     with servers.serve(answering(204)) as server:
         host = urlsplit(server.url).netloc
         settings = {"KLEIN_WEBHOOK_SECRET": SECRET, "KLEIN_FETCH_HOSTS": host}
-        generator = fakes.generator(fakes.FakePipeline(), library=None, **settings)
+        generator = fakes.generator(fakes.FakePipeline(), **settings)
 
         async def scenario() -> None:
             registry = JobRegistry(generator, Webhooks.from_settings(generator.settings))

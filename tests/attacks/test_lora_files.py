@@ -2,19 +2,27 @@
 
 import json
 import os
+import resource
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
 from klein.errors import InvalidRequest, LoraError, LoraUnavailable
 from klein.lora import file
+from klein.lora.file import Identity, LoraFile
 from klein.lora.library import LoraLibrary
 from klein.lora.metadata import MAX_TRIGGER, MAX_TRIGGERS
 from klein.lora.spec import LoraSpec
-from tests.support import loras
+from klein.sources.cache import Store
+from klein.sources.fetch import Fetcher
+from klein.sources.safetensors import Entry
+from tests.support import loras, servers
 
 LAYER = "diffusion_model.single_blocks.0.linear1"
 
@@ -36,40 +44,90 @@ def _raw(path: Path, header: bytes, data: bytes = b"") -> Path:
 # -- results that lie (1, 3, 4) ----------------------------------------------------------------
 
 
-def test_a_replaced_file_is_never_taken_for_the_one_inspected(tmp_path: Path) -> None:
+def _loaded(found: LoraFile) -> bytes:
+    """A LoRA's tensors, read as `load` has them read."""
+
+    tensors = found.load(_read, lambda tensors: tensors)
+    return b"".join(tensors)
+
+
+def _read(fd: int, entries: tuple[Entry, ...]) -> list[bytes | memoryview]:
+    return [os.pread(fd, entry.end - entry.begin, entry.begin) for entry in entries]
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_a_replaced_file_is_never_taken_for_the_one_inspected(
+    tmp_path: Path, settled: bool
+) -> None:
     """Replaced, changed in place with its old time, cut off, deleted: said, and not applied."""
     path = _save(tmp_path)
     original = path.read_bytes()
-    found = file.inspect(path, "x")
-    assert original.endswith(b"".join(view for _, view in found.read()))
+    found = replace(file.inspect(path, "x"), settled=settled)
+    assert original.endswith(_loaded(found))
     other, _ = _plain(rank=8)
     loras.write(path, other)
     with pytest.raises(LoraUnavailable, match="was replaced"):
-        found.read()
+        _loaded(found)
     path.write_bytes(original)
-    found = file.inspect(path, "x")
+    found = replace(file.inspect(path, "x"), settled=settled)
+    time.sleep(0.02)  # a tick of the file system's clock: within one only the hash can tell
     with path.open("r+b") as changed:  # one byte, with the old size, inode and time
         changed.seek(-1, os.SEEK_END)
         changed.write(bytes([original[-1] ^ 1]))
     os.utime(path, ns=(found.identity.mtime_ns, found.identity.mtime_ns))
     with pytest.raises(LoraUnavailable, match="was replaced"):
-        found.read()
+        _loaded(found)
     os.truncate(path, 100)
     with pytest.raises(LoraUnavailable):
-        found.read()
+        _loaded(found)
     path.unlink()
     with pytest.raises(LoraUnavailable, match="cannot be read any more"):
-        found.read()
+        _loaded(found)
 
 
-def test_the_bytes_in_use_are_klein_s_own(tmp_path: Path) -> None:
-    """Nothing is mapped: cutting a file that is in use kills no worker."""
+def test_a_change_while_it_is_read_is_seen(tmp_path: Path) -> None:
+    """Also of a file that had settled: what was read is hashed then."""
     path = _save(tmp_path)
-    found = file.inspect(path, "x")
-    views = list(found.read())
-    os.truncate(path, 0)
-    for entry, view in views:
-        assert len(bytes(view)) == entry.end - entry.begin
+    found = replace(file.inspect(path, "x"), settled=True)
+    time.sleep(0.02)
+
+    def read(fd: int, entries: tuple[Entry, ...]) -> list[bytes | memoryview]:
+        raw = bytearray(path.read_bytes())
+        raw[entries[0].begin] ^= 1
+        path.write_bytes(raw)
+        return _read(fd, entries)
+
+    with pytest.raises(LoraUnavailable, match="was replaced"):
+        found.load(read, lambda tensors: tensors)
+
+
+def test_two_changes_within_a_tick_are_told_apart(tmp_path: Path) -> None:
+    """A file that had not settled when it was inspected is known by its hash alone."""
+    path = _save(tmp_path)
+    fresh = file.inspect(path, "x")
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    same = replace(fresh, identity=Identity.of(path.stat()))
+    assert not same.settled
+    with pytest.raises(LoraUnavailable, match="was replaced"):
+        _loaded(same)
+
+
+def test_a_file_that_settled_is_hashed_once(tmp_path: Path) -> None:
+    """And one that was only touched or linked is still the one inspected."""
+    path = _save(tmp_path)
+    fresh = file.inspect(path, "x")
+    assert not fresh.settled
+    found = replace(fresh, settled=True)
+
+    def read(_: int, entries: tuple[Entry, ...]) -> int:
+        return len(entries)
+
+    assert found.load(read, lambda _: pytest.fail("hashed again")) == 2
+    time.sleep(0.02)
+    path.touch()
+    os.link(path, tmp_path / "link")
+    assert path.read_bytes().endswith(_loaded(found))
 
 
 def _layer(parts: Mapping[str, tuple[int, ...]], name: str = LAYER) -> dict[str, loras.Array]:
@@ -122,7 +180,7 @@ def test_scale_and_shift_are_in_their_order(tmp_path: Path, name: str, swapped: 
     parts = {"lora_down.weight": (4, 8), "lora_up.weight": (16, 4)}
     path = loras.write(tmp_path / "x.safetensors", _layer(parts, name))
     (patch,) = file.inspect(path, "x").patches
-    assert (patch.modules, patch.swapped_halves) == (("norm_out.linear",), swapped)
+    assert (patch.modules, patch.target.swapped_halves) == (("norm_out.linear",), swapped)
     if swapped:
         lokr = _layer({"lokr_w1": (4, 2), "lokr_w2": (4, 4)}, name)
         path = loras.write(tmp_path / "y.safetensors", lokr)
@@ -364,6 +422,50 @@ def test_a_disk_that_takes_nothing_is_not_the_callers_fault(tmp_path: Path) -> N
     folder.rmdir()
     with pytest.raises(LoraUnavailable, match="cannot be written"):
         library.add("a.safetensors", [b"x"])
+
+
+@contextmanager
+def _disk_that_takes(size: int) -> Iterator[None]:
+    """No file of this process grows above `size` bytes, as on a disk that fills up."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_fills_up_under_an_upload(tmp_path: Path) -> None:
+    """It is told, may be tried again, and leaves nothing behind."""
+    data = _save(tmp_path, "made").read_bytes()
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    library = LoraLibrary(folder)
+    with (
+        _disk_that_takes(len(data) - 1),
+        pytest.raises(LoraUnavailable, match=r"'a\.safetensors' cannot be written"),
+    ):
+        library.add("a.safetensors", [data[:100], data[100:]])
+    assert not list(folder.iterdir())
+    assert library.add("a.safetensors", [data])["name"] == "a.safetensors"
+
+
+def test_a_disk_that_fills_up_under_a_download(tmp_path: Path) -> None:
+    """The same; and once there is room, the next try takes what had come."""
+    tensors, _ = _plain(rank=2000)
+    data = loras.write(tmp_path / "made", tensors).read_bytes()
+    with servers.serve(lambda _: (200, {"etag": '"1"'}, data)) as server:
+        fetcher = Fetcher(frozenset({urlsplit(server.url).netloc}))
+        library = LoraLibrary(None, Store(tmp_path / "cache", 1e9, grace=60), fetcher)
+        spec = LoraSpec(f"{server.url}/anna.safetensors")
+        with (
+            _disk_that_takes(len(data) // 2),
+            pytest.raises(LoraUnavailable, match=r"anna\.safetensors' cannot be stored"),
+        ):
+            library.find(spec)
+        assert library.find(spec).rank == 2000
+        assert "range" in server.seen[-1].headers
+    assert not list((tmp_path / "cache" / "partial").iterdir())
 
 
 def test_a_fault_of_klein_is_that_of_one_lora(

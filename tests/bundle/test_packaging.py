@@ -19,7 +19,7 @@ from tests.bundle.export import ROOT
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
-LOCKS = ("requirements.lock", "requirements-dev.lock")
+LOCKS = ("requirements.lock", "requirements-dev.lock", "requirements-ray.lock")
 WITH_TORCH = {"triton"}
 """Comes with torch's CUDA build, and only with that."""
 CUDA = ("nvidia-", "cuda-", "triton")
@@ -50,24 +50,27 @@ def _imports(path: Path) -> set[str]:
 
 
 def test_every_imported_package_is_declared() -> None:
-    """In [project.dependencies] or an extra; what another package brings does not count."""
+    """In [project.dependencies] or an extra; what another package brings does not count. Of a
+    namespace that several share, one of them."""
     imported: set[str] = set()
     for path in (ROOT / "service.py", *(ROOT / "klein").rglob("*.py")):
         imported |= _imports(path)
-    owners = packages_distributions()
+    owners, declared = packages_distributions(), set(_declared())
     packages = {
-        canonicalize_name(owner)
+        name: {canonicalize_name(owner) for owner in owners.get(name, [name])}
         for name in imported - WITH_TORCH
-        for owner in owners.get(name, [name])
     }
     assert len(packages) > 10
-    assert packages - set(_declared()) == set()
+    assert {name for name, of in packages.items() if not of & declared} == set()
 
 
 def test_what_is_pinned_is_in_the_declared_range() -> None:
-    """Every dependency has its pin."""
-    pins = _pins("requirements.txt")
-    optional = {"flash-attn"}
+    """Every dependency has its pin; Ray's is exact, and the same in the extra."""
+    pins = _pins("requirements-dev.lock") | _pins("requirements.txt")
+    optional = {"flash-attn", "ray", "prometheus-client"}
+    extra = PROJECT["project"]["optional-dependencies"]["ray"]
+    assert extra[0] in (ROOT / "requirements-ray.txt").read_text().splitlines()
+    assert _pins("requirements-ray.lock")["prometheus-client"] in Requirement(extra[1]).specifier
     for name, row in _declared().items():
         if name not in optional:
             assert pins[name] in row.specifier, name
@@ -86,11 +89,13 @@ def test_locks_are_exact(name: str) -> None:
 
 
 def test_the_locks_follow_the_pins() -> None:
-    """`make lock` was not forgotten, and both locks agree where they overlap."""
-    locked, tools = (_pins(name) for name in LOCKS)
+    """`make lock` was not forgotten, and the locks agree where they overlap."""
+    locked, *others = (_pins(name) for name in LOCKS)
     assert _pins("requirements.txt").items() <= locked.items()
-    assert _pins("requirements-dev.txt").items() <= tools.items()
-    assert {name: locked[name] for name in locked.keys() & tools.keys()}.items() <= tools.items()
+    assert _pins("requirements-dev.txt").items() <= others[0].items()
+    for other in others:
+        both = locked.keys() & other.keys()
+        assert {name: locked[name] for name in both}.items() <= other.items()
 
 
 def _needed(name: str) -> set[str]:

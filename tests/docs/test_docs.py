@@ -19,6 +19,7 @@ from docs import plots
 from klein.core import Delivery, GenerationParams, LoraReport
 from klein.entrypoints.cli.main import main
 from klein.errors import KleinError
+from klein.output.marks import Marks
 from klein.output.response import lora_json, model_json, timings_json, to_json
 from klein.request.resolve import resolve
 from klein.request.schema import parse
@@ -53,7 +54,9 @@ def test_plots_are_speed_mds(name: str) -> None:
 
 
 def _answer() -> dict[str, Any]:
-    return to_json(fakes.result(_params(width=64, height=64)), Delivery("png", 95, "base64"))
+    return to_json(
+        fakes.result(_params(width=64, height=64)), Delivery("png", 95, "base64"), Marks()
+    )
 
 
 def _keys(path: str, heading: str) -> set[str]:
@@ -119,6 +122,13 @@ def test_files_modules_and_targets_exist(page: Path) -> None:
         assert importlib.util.find_spec(module), module
     targets = set(re.findall(r"^([\w-]+):", (docs.ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:`|^|\$ )make ([a-z-]+)", text, re.MULTILINE)) <= targets
+
+
+def test_tests_that_pages_name_exist() -> None:
+    """A promise is held by a test that is there."""
+    for page in PAGES:
+        for path, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text()):
+            assert f"def {name}(" in (docs.ROOT / path).read_text(), name
 
 
 def test_the_nouns_of_the_architecture_are_classes() -> None:
@@ -234,6 +244,23 @@ def _curls(line: str) -> list[tuple[str, str, str | None]]:
     return calls
 
 
+def test_kuberay_gets_the_example() -> None:
+    """The manifest deploys what docs/ray-serve.yaml does, one GPU to a worker."""
+    example = yaml.safe_load((docs.ROOT / "docs/ray-serve.yaml").read_text())
+    (block,) = docs.blocks(docs.ROOT / "docs/deploy-ray.md", "yaml")
+    spec = yaml.safe_load(block.text)["spec"]
+    assert yaml.safe_load(spec["serveConfigV2"])["applications"] == example["applications"]
+    Settings.from_env(example["applications"][0]["runtime_env"]["env_vars"])
+    cluster = spec["rayClusterConfig"]
+    pin = (docs.ROOT / "requirements-ray.txt").read_text().split("==")[1].split()[0]
+    assert cluster["rayVersion"] == pin
+    (group,) = cluster["workerGroupSpecs"]
+    (worker,) = group["template"]["spec"]["containers"]
+    assert worker["resources"]["limits"]["nvidia.com/gpu"] == 1
+    (replica,) = example["applications"][0]["deployments"]
+    assert group["maxReplicas"] >= replica["autoscaling_config"]["max_replicas"]
+
+
 # -- the first screen ------------------------------------------------------------------------------
 
 
@@ -261,3 +288,9 @@ def test_every_page_is_reached_from_readme() -> None:
             (page.parent / path).resolve() for path, _ in docs.links(page) if path.endswith(".md")
         ]
     assert set(PAGES) <= seen
+
+
+def test_images_stay_small() -> None:
+    """Everybody who clones klein gets every version of them."""
+    large = {path.name: path.stat().st_size for path in (docs.ROOT / "docs/images").iterdir()}
+    assert {name: size for name, size in large.items() if size > 250_000} == {}

@@ -1,3 +1,5 @@
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -5,13 +7,17 @@ import pytest
 from PIL import Image
 
 from klein.app import build
+from klein.entrypoints.cli import doctor
 from klein.entrypoints.cli.generate import parse_lora
 from klein.entrypoints.cli.main import main
 from klein.errors import LoraError
+from klein.models.catalog import GB
+from klein.models.machine import Device, Machine
 from klein.models.schedule import SCHEDULES
 from klein.request.formats import FORMATS
 from klein.request.presets import PRESETS
 from klein.request.schema import GenerateRequest
+from klein.settings import Settings
 from tests.support import fakes
 
 
@@ -20,7 +26,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> fakes.FakePipeline:
     """The command line on the fake pipeline."""
     fake = fakes.FakePipeline()
     monkeypatch.setattr(build, "loader", lambda *_: lambda: fake)
-    monkeypatch.setattr(build, "library", lambda _: fakes.FakeLibrary())
+    monkeypatch.setattr(build, "library", lambda *_: fakes.FakeLibrary())
     return fake
 
 
@@ -82,6 +88,8 @@ def test_every_field_has_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
         (["-o", "a.png"], 2, "say what to draw"),
         (["x", "-o", "a.png", "--num-inference-steps", "many"], 2, "num_inference_steps"),
         (["x", "-o", "a.png", "--loras", "{"], 2, "--lora PATH:SCALE is simpler"),
+        (["x", "-o", "a.png", "--lora", "x:notanumber"], 2, "lora: 'notanumber' after 'x'"),
+        (["x", "-o", "a.png", "--lora", "x:nan"], 2, "loras.0.scale"),
         (["x", "-o", "/no/such/folder/a.png"], 2, "there is no folder"),
         (["--like", "nothing.png", "-o", "a.png"], 2, "nothing.png cannot be read"),
     ],
@@ -133,6 +141,24 @@ def test_doctor_tells_what_can_run(
         assert name in shown
 
 
+def test_doctor_counts_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says what would use them."""
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "ray" else "1.0")
+    gpu = Device("cuda", "H200", 140 * GB, 139 * GB, (9, 0))
+    for count, told in ((0, None), (1, "use one"), (4, "klein serve --replicas 4 uses all 4")):
+        machine = replace(Machine.probe({}), gpus=(gpu,) * count)
+        lines = [line for line in doctor.report(Settings(), machine) if "  GPUs " in line]
+        assert len(lines) == (told is not None)
+        assert told is None or told in lines[0]
+        assert count < 2 or "pip install 'klein[ray]'" in lines[0]
+
+
+@pytest.mark.skipif(find_spec("ray") is not None, reason="it is for those who have no Ray")
+def test_serve_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("serve", "--replicas", "2") == 2
+    assert "pip install 'klein[ray]'" in capsys.readouterr().err
+
+
 def test_doctor_looks_at_more_than_the_model(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,7 +169,49 @@ def test_doctor_looks_at_more_than_the_model(
     assert "MODEL_ID=nano cannot start: KLEIN_WEBHOOK_SECRET" in capsys.readouterr().out
 
 
-def test_lora_shorthand() -> None:
-    """A scale after the last colon, if it is one."""
-    assert parse_lora("a.safetensors:0.8") == {"path": "a.safetensors", "scale": 0.8}
-    assert parse_lora("owner/repo@v1") == {"path": "owner/repo@v1"}
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [(None, "cannot be read (FileNotFoundError)"), ("# none\n\n", "there is no key in it")],
+)
+def test_doctor_looks_at_the_file_of_keys(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    text: str | None,
+    says: str,
+) -> None:
+    """As the start does."""
+    if text is not None:
+        (tmp_path / "keys").write_text(text)
+    monkeypatch.setenv("MODEL_ID", "nano")
+    monkeypatch.setenv("KLEIN_API_KEYS_FILE", str(tmp_path / "keys"))
+    assert _run("doctor") == 0
+    assert f"MODEL_ID=nano cannot start: KLEIN_API_KEYS_FILE: {says}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "scale"),
+    [
+        ("a.safetensors:0.8", "a.safetensors", 0.8),
+        ("owner/repo@v1", "owner/repo@v1", None),
+        ("owner/repo:-1", "owner/repo", -1.0),
+        ("civitai:123", "civitai:123", None),
+        ("civitai:123:0.5", "civitai:123", 0.5),
+        ("https://a.example:8443/x.safetensors", "https://a.example:8443/x.safetensors", None),
+        ("https://a.example/x.safetensors:0.5", "https://a.example/x.safetensors", 0.5),
+        ("odd:name.safetensors", "odd:name.safetensors", None),
+    ],
+)
+def test_lora_shorthand(text: str, path: str, scale: float | None) -> None:
+    """A scale after the last colon, where that begins one."""
+    expected = {"path": path} if scale is None else {"path": path, "scale": scale}
+    assert parse_lora(text) == expected
+
+
+@pytest.mark.parametrize("command", [["inspect", "nope"], ["convert", "nope", "x.safetensors"]])
+def test_a_lora_that_is_no_file_is_the_callers_fault(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the way out; nothing of it is worth another try."""
+    assert _run("lora", *command) == 2
+    assert "klein: nope is no file here: give the path" in capsys.readouterr().err

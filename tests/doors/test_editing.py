@@ -45,7 +45,7 @@ def client() -> Iterator[TestClient]:
 def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The command line on the fake pipeline, in a folder with the pictures."""
     monkeypatch.setattr(build, "loader", lambda *_: fakes.FakePipeline)
-    monkeypatch.setattr(build, "library", lambda _: fakes.FakeLibrary())
+    monkeypatch.setattr(build, "library", lambda *_: fakes.FakeLibrary())
     monkeypatch.chdir(tmp_path)
     for image in (ONE, TWO, SPOT):
         image.save(FILES[id(image)])

@@ -1,5 +1,6 @@
 """Keys and limits, on the app alone and on the whole service."""
 
+import base64
 import json
 import re
 import time
@@ -16,8 +17,10 @@ from starlette.types import Message
 from klein.entrypoints.http import limits
 from klein.entrypoints.http.app import middlewares, standalone
 from klein.entrypoints.http.auth import OPEN_PATHS
+from klein.entrypoints.http.draining import Door
 from klein.errors import BadSetting
 from klein.lora.library import LoraLibrary
+from klein.request import images
 from klein.settings import Settings
 from tests.support import fakes
 
@@ -102,12 +105,13 @@ def test_pages_of_other_origins_change_nothing(
         ({"KLEIN_API_KEYS": f"a:{ANNA}:admin"}, "uploads"),
         ({"KLEIN_API_KEYS": " , "}, "no key"),
         ({"KLEIN_API_KEYS_FILE": "/no/such/file"}, "cannot be read"),
+        ({"KLEIN_CORS_ORIGINS": "*, https://app.example"}, "every origin"),
     ],
 )
-def test_keys_that_are_none_stop_the_start(settings: dict[str, str], says: str) -> None:
+def test_settings_that_cannot_be_meant_stop_the_start(settings: dict[str, str], says: str) -> None:
     """Never an open server by a slip of the pen, and never a key in the message."""
     with pytest.raises(BadSetting, match=says) as caught:
-        middlewares(Settings.from_env(settings))
+        middlewares(Settings.from_env(settings), Door())
     assert ANNA not in str(caught.value)
 
 
@@ -133,6 +137,16 @@ def test_other_origins_may_be_let_in() -> None:
         assert "access-control-allow-origin" not in made.get("/presets", headers=origin).headers
 
 
+def test_a_body_holds_all_pictures_that_a_request_may_have(unkeyed: TestClient) -> None:
+    """In base64, which is a third longer; their own limit refuses more of them, by its name."""
+    share = images.MAX_TOTAL_BYTES // 3
+    texts = [base64.b64encode(bytes(share)).decode()] * 3
+    answer = unkeyed.post("/generate", json={"prompt": "x" * 5000, "images": texts})
+    assert (answer.status_code, answer.json()["error"]["field"]) == (400, "images.0")
+    pictures = sum(map(len, texts))
+    assert limits.JSON_BYTES <= Settings().max_body_mb * limits.MB - pictures < 3 * limits.MB
+
+
 @pytest.mark.parametrize(
     ("body", "status", "says"),
     [
@@ -153,6 +167,22 @@ def test_json_is_checked_before_it_is_parsed(
     assert says in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "path", ["/generate", "/generate_json", "/jobs", "/v1/images/generations", "/loras", "/presets"]
+)
+def test_forms_are_refused_before_they_are_read(path: str) -> None:
+    """Where no form is wanted, and where uploads are off."""
+    app = standalone(fakes.generator(fakes.FakePipeline()))
+    answer = drive(app, path, [b"x" * 1_000] * 50, kind=b"multipart/form-data; boundary=b")
+    assert (answer["status"] in (400, 405), answer["read"]) == (True, 0)
+
+
+def test_json_for_uploads_is_small(tmp_path: Path) -> None:
+    """It names a LoRA; only the file itself may be large."""
+    answer = drive(uploading(tmp_path), "/loras", [b" " * 500_000] * 50, kind=b"application/json")
+    assert (answer["status"], answer["read"]) == (413, 3)
+
+
 def test_headers_are_bounded(unkeyed: TestClient) -> None:
     """Their sum, not only each."""
     headers = {f"x-{n}": "y" * 1000 for n in range(40)}
@@ -169,9 +199,7 @@ def test_a_length_that_is_too_much_is_refused(unkeyed: TestClient, length: str) 
 def uploading(folder: Path) -> Any:
     """The app of a server whose LoRAs callers may change."""
     settings = {"KLEIN_LORA_DIR": str(folder), "KLEIN_LORA_UPLOADS": "on"}
-    return standalone(
-        fakes.generator(fakes.FakePipeline(), library=LoraLibrary(folder), **settings)
-    )
+    return standalone(fakes.generator(fakes.FakePipeline(), LoraLibrary(folder), **settings))
 
 
 def drive(

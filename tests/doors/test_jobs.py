@@ -126,7 +126,7 @@ class Client(httpx.Client):
 def serving(pipeline: PacedPipeline | None = None, **settings: str) -> Iterator[Client]:
     """The jobs routes on a fake pipeline, on a real port."""
     pipeline = pipeline or PacedPipeline()
-    generator = fakes.generator(pipeline, library=None, **settings)
+    generator = fakes.generator(pipeline, **settings)
     app = create_app()
     connect(app, generator)
     with asgi.serve(with_callers(app)) as url, Client(base_url=url, timeout=20) as client:

@@ -1,12 +1,19 @@
 import io
 import json
+import logging
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bentoml._internal.container import BentoMLContainer
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from PIL import Image
+from prometheus_client import generate_latest
 from starlette.testclient import TestClient
 
 import service
@@ -15,6 +22,7 @@ from klein.engine.engine import Engine, State
 from klein.entrypoints.http.app import connect, create_app
 from klein.entrypoints.http.auth import RequireKey, read_keys
 from klein.errors import DeliveryFailed, KleinError, LoraError, OutOfMemory
+from klein.logs import JsonFormatter
 from klein.lora.library import LoraLibrary
 from klein.output.images import read_text
 from klein.request.presets import PRESETS
@@ -22,6 +30,9 @@ from klein.request.schema import GenerateRequest
 from klein.settings import Settings
 from tests.support import fakes, loras, pictures
 
+SECRET = "nobody else's business"
+SAMPLED = {b"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01".encode()}
+"""Of a caller whose traces are kept."""
 FAKE = fakes.FakePipeline()
 LEFT: list[KleinError] = []
 """Why the worker asked to be replaced."""
@@ -296,6 +307,147 @@ def test_edits_over_bentoml(client: TestClient) -> None:
     answer = client.post("/generate_json", json=edit).json()
     assert answer["images"][0]["unchanged_pixels"] == 300 * 200
     assert answer["parameters"]["extend"] == {"left": 40, "right": 0, "top": 0, "bottom": 0}
+    headers = client.post("/generate", json=edit).headers
+    assert headers["x-klein-unchanged-pixels"] == str(300 * 200)
+    headers = client.post("/generate", json={"prompt": "x"}).headers
+    assert "x-klein-unchanged-pixels" not in headers
     bad = client.post("/generate_json", json={**edit, "images": ["aGk="]})
     assert bad.status_code == 400
     assert bad.json()["error"]["field"] == "images.0"
+
+
+def by_path() -> list[str]:
+    """The lines of /metrics that BentoML has for each path."""
+    return [line for line in generate_latest().decode().splitlines() if "endpoint=" in line]
+
+
+def test_paths_that_nobody_serves_share_a_label(client: TestClient) -> None:
+    """And so do those of a route: 20,000 of them cost 134 MB once, and 17 s a scrape."""
+    client.get("/nothing"), client.get("/jobs/x"), client.delete("/loras/x")
+    before = len(by_path())
+    for n in range(50):
+        for path in (f"/n{n}", f"/jobs/j{n}/images/{n}/x", f"/%0a/{n}", "/" + "x" * n * 100):
+            assert client.get(path).status_code in (200, 404, 405)
+        assert client.get(f"/jobs/j{n}").status_code == 404
+        assert client.get(f"/v1/models/a/{n}").status_code == 404
+        client.delete(f"/loras/l{n}")
+    after = by_path()
+    assert len(after) < before + 50  # the buckets of routes that were not asked before
+    endpoints = {label for line in after for label in re.findall(r'endpoint="(.*?)"', line)}
+    assert endpoints >= {"/{unknown}", "/jobs/{id}", "/loras/{name:path}", "/v1/models/{id:path}"}
+
+
+@pytest.mark.parametrize("name", [b"content-type", b"user-agent", b"traceparent", b"baggage"])
+@pytest.mark.parametrize("value", [b"\xff", b"\xff\\x", b"\xff\\u", b"\xc3("])
+def test_header_bytes_that_are_no_text(client: TestClient, name: bytes, value: bytes) -> None:
+    """BentoML's log and OpenTelemetry failed on them, after or before the answer."""
+    scope: dict[str, Any] = {
+        "type": "http",
+        "method": "GET",
+        "scheme": "http",
+        "path": "/ping",
+        "raw_path": b"/ping",
+    }
+    scope |= {
+        "query_string": b"",
+        "root_path": "",
+        "http_version": "1.1",
+        "asgi": {"version": "3.0"},
+    }
+    scope |= {"client": ("testclient", 1), "server": ("testserver", 80), "headers": [(name, value)]}
+    sent: list[Any] = []
+
+    async def ask() -> None:  # the test client would send UTF-8
+        async def receive() -> Any:
+            return {"type": "http.request"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await client.app(scope, receive, send)
+
+    assert client.portal is not None
+    client.portal.call(ask)
+    assert sent[0]["status"] == 200
+
+
+@contextmanager
+def logged() -> Iterator[list[dict[str, Any]]]:
+    """What the service logs, as JSON."""
+    handler, found = logging.Handler(), list[dict[str, Any]]()
+    handler.emit = lambda record: found.append(json.loads(JsonFormatter().format(record)))  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in ("klein", "bentoml")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    yield found
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def test_a_request_that_is_refused_is_no_error(client: TestClient) -> None:
+    """One line at INFO, no stack, nothing of the request; a fault of klein's is one with both."""
+    bodies = [{"prompt": SECRET, "width": "x"}, {"prompt": SECRET, SECRET: 1}, {"prompt": [SECRET]}]
+    with logged() as lines:
+        for body in bodies:
+            assert client.post("/generate", json=body).status_code == 400
+        assert client.post("/generate", json={"prompt": SECRET, "width": 10}).status_code == 400
+        assert (
+            client.post("/jobs", json={"input": {"prompt": SECRET, SECRET: 1}}).status_code == 400
+        )
+    assert {line["level"] for line in lines} == {"info"}
+    assert not any("stack" in line for line in lines)
+    assert SECRET not in json.dumps(lines)
+    FAKE.fail = RuntimeError("broken")
+    with logged() as lines:
+        client.post("/generate", json={"prompt": SECRET})
+    FAKE.fail = None
+    (error,) = (line for line in lines if line["level"] == "error")
+    assert error["exception"] == "RuntimeError"
+    assert "in generate" in error["stack"]
+    assert SECRET not in json.dumps(lines)
+
+
+def test_lines_of_a_request_name_it(client: TestClient) -> None:
+    """By its id, a job by its own too, from every thread that works on it."""
+    FAKE.fail = RuntimeError("broken")
+    job = {"input": {"prompt": "x", "loras": [{"path": "a"}]}}
+    with logged() as lines:
+        client.put("/jobs/mine", json=job, headers={"prefer": "wait=10"})
+    FAKE.fail = None
+    drawn = [line for line in lines if line.get("job_id") == "mine"]
+    assert {line["logger"] for line in drawn} >= {"klein.engine.engine", "klein.app.account"}
+    assert len({line["request_id"] for line in drawn}) == 1
+    (account,) = (line for line in drawn if line["logger"] == "klein.app.account")
+    assert (account["outcome"], account["preset"]) == ("internal", "realistic_character")
+    with logged() as lines:
+        answer = client.post("/generate", json={"prompt": "x"})
+    (access,) = (line for line in lines if line["logger"] == "klein.access")
+    assert access["request_id"] == answer.headers["x-klein-request-id"]
+    assert (access["path"], access["status"]) == ("/generate", 200)
+
+
+def test_requests_are_traced_through_bentomls_provider(client: TestClient) -> None:
+    """A span of klein's inside BentoML's, only where BentoML samples; its error by code alone."""
+    exporter = InMemorySpanExporter()
+    provider = BentoMLContainer.tracer_provider.get()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    client.post("/generate", json={"prompt": SECRET})
+    assert not exporter.get_finished_spans()
+    answer = client.post("/generate", json={"prompt": SECRET}, headers=SAMPLED)
+    FAKE.fail = LoraError(SECRET)
+    client.post("/generate", json={"prompt": SECRET}, headers=SAMPLED)
+    FAKE.fail = None
+    spans = exporter.get_finished_spans()
+    exporter.shutdown()
+    good, bad = (span for span in spans if span.name == "klein.request")
+    inside = {span.context.span_id: span.name for span in spans if span.context}
+    told = dict(good.attributes or {})
+    assert good.parent
+    assert inside[good.parent.span_id] == "POST /generate"
+    assert told["klein.request_id"] == answer.headers["x-klein-request-id"]
+    assert (told["klein.outcome"], good.status.is_ok) == ("ok", True)
+    assert (bad.status.description, bad.events) == ("lora_failed", ())
+    assert SECRET not in "".join(span.to_json() for span in spans)

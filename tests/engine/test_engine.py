@@ -262,7 +262,7 @@ def test_the_queue_can_be_watched(engine: Engine, fake: fakes.FakePipeline) -> N
 
     def listen() -> None:
         queue = engine.queue()
-        heard.append((queue.running is not None, len(queue.waiting)))
+        heard.append((bool(queue.running), len(queue.waiting)))
 
     engine.on_change(listen)
     fake.gate.clear()
@@ -272,8 +272,9 @@ def test_the_queue_can_be_watched(engine: Engine, fake: fakes.FakePipeline) -> N
     fake.started.wait(5)
     last = [engine.submit(job) for job in jobs[1:]][-1]
     queue = engine.queue()
-    assert (queue.running, queue.waiting) == (jobs[0], (jobs[1], jobs[2]))
-    assert before <= queue.started <= time.monotonic()
+    (running,) = queue.running
+    assert (running.job, queue.waiting) == (jobs[0], (jobs[1], jobs[2]))
+    assert before <= running.started <= time.monotonic()
     engine.cancel(jobs[1])
     assert engine.queue().waiting == (jobs[2],)
     assert heard[-3:] == [(True, 1), (True, 2), (True, 1)]

@@ -39,16 +39,20 @@ def _library(
 
 
 def test_an_address_is_fetched_once(tmp_path: Path) -> None:
-    """The second use needs no network; its name shows nothing that could be a token."""
+    """The second use needs no network, and leaves the file as it is, down to its times; its name
+    shows nothing that could be a token."""
     data = _data(tmp_path)
     with servers.serve(lambda _: (200, {}, data)) as server:
         library = _library(server, tmp_path)
         url = f"{server.url}/anna.safetensors?token=abc"
+        states = set()
         for _ in range(2):
             found = library.find(LoraSpec(url))
+            states.add(found.identity)
+            time.sleep(0.02)
             assert found.path.read_bytes() == data
             assert "abc" not in found.name
-        assert len(server.seen) == 1
+        assert len(server.seen) == len(states) == 1
     assert library.find(LoraSpec(url)).rank == 4
 
 
@@ -171,6 +175,7 @@ def test_civitai_versions(tmp_path: Path) -> None:
         assert library.find(LoraSpec("civitai:77")).rank == 4
         with pytest.raises(LoraError, match="status 404"):
             library.find(LoraSpec("civitai:78"))
+    assert library.find(LoraSpec("civitai:77")).rank == 4  # nobody is asked for what is here
 
 
 def test_the_least_recently_used_is_thrown_away(tmp_path: Path) -> None:
@@ -182,7 +187,8 @@ def test_the_least_recently_used_is_thrown_away(tmp_path: Path) -> None:
         paths = {}
         for rank in (1, 2):
             paths[rank] = library.find(LoraSpec(f"{server.url}/{rank}")).path
-        os.utime(paths[2], (1, 1))
+        for each in (paths[2], paths[2].with_suffix(".used")):
+            os.utime(each, (1, 1))
         library.find(LoraSpec(f"{server.url}/1"))
         library.find(LoraSpec(f"{server.url}/3"))
         assert not paths[2].exists()

@@ -178,3 +178,61 @@ def test_no_bytes_break_the_reader(tmp_path: Path, data: st.DataObject) -> None:
     path.write_bytes(bytes(raw))
     with contextlib.suppress(LoraError):
         file.inspect(path, "mutated")
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ("oft_blocks", "in the OFT or BOFT form of LyCORIS, which klein does not apply"),
+        ("oft_diag", "in the OFT form of kohya's trainer"),
+        ("set_weight", "a whole weight"),
+        ("lora_mid.weight", "in the convolution form"),
+        ("a1.weight", "a GLoRA"),
+        ("reshape_weight", "reshaped"),
+    ],
+)
+def test_what_is_known_and_not_applied_is_named(tmp_path: Path, part: str, says: str) -> None:
+    """Rather than called a LoRA of another model."""
+    layer = "diffusion_model.single_blocks.0.linear1"
+    made = {f"{layer}.{part}": loras.random((8, 8), 0)}
+    with pytest.raises(LoraError, match=r"layer 'single_blocks\.0\.linear1' is") as caught:
+        file.inspect(_save(tmp_path, made), "x")
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(4, 27), (4, 0), (0, 28), (28,)],
+)
+def test_an_oft_of_no_block_size_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """The upper triangle of a square has 1, 3, 6, … elements."""
+    made = {"transformer.norm_out.linear.oft_R.weight": loras.random(shape, 0)}
+    with pytest.raises(LoraError, match="do not fit together"):
+        file.inspect(_save(tmp_path, made), "x")
+
+
+def test_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
+    """Nobody could say which of them acts."""
+    made = {
+        f"transformer.transformer_blocks.0.attn.to_q.lora_{part}.{adapter}.weight": loras.random(
+            (4, 4), 0
+        )
+        for adapter in ("anna", "bob")
+        for part in "AB"
+    }
+    with pytest.raises(LoraError, match="holds two adapters"):
+        file.inspect(_save(tmp_path, made), "x")
+
+
+def test_text_encoders_are_left_out(tmp_path: Path) -> None:
+    """Counted where the file has a LoRA beside them, refused by name where it has none."""
+    tensors, _ = loras.ai_toolkit({"single_blocks.0.linear1": (72, 8)})
+    text = {
+        f"{name}.lora_{part}.weight": loras.random((4, 4), 0)
+        for name in ("lora_te1_text_model_x", "text_encoders.qwen3.x", "text_encoder.x", "te.x")
+        for part in ("up", "down")
+    }
+    found = file.inspect(_save(tmp_path, tensors | text), "x")
+    assert (len(found.patches), found.left_out) == (1, 8)
+    with pytest.raises(LoraError, match="'x' changes only a text encoder"):
+        file.inspect(_save(tmp_path, text), "x")

@@ -46,6 +46,7 @@ def stock_latents(pipe: Any, params: GenerationParams) -> Tensor:
 def _call(pipe: Any, params: GenerationParams, number: int, output: str) -> Any:
     length = params.max_sequence_length
     own = pipe.scheduler
+    assert not isinstance(params.schedule, tuple)
     if params.schedule != "bfl":
         mu = mu_of(params.schedule, tokens(params.width, params.height), params.num_inference_steps)
         pipe.scheduler = type(own).from_config(

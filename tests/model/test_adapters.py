@@ -1,7 +1,7 @@
 """Every LoRA format against a reference: the weights with ΔW added in float32."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from klein.core import GenerationResult
-from klein.errors import LoraError
+from klein.core import GenerationResult, Job
+from klein.errors import LoraError, LoraUnavailable
+from klein.inference.adapters import factors
+from klein.inference.adapters.merge import AdapterRequest, LoraMerger
 from klein.inference.pipeline import KleinPipeline
-from klein.lora.file import LoraFile
+from klein.lora.file import LoraFile, inspect
+from klein.lora.library import LoraLibrary
+from klein.lora.spec import LoraSpec
 from tests.model.conftest import Draw, make_job
 from tests.model.stock import stock
 from tests.support import loras, tiny
@@ -92,6 +96,69 @@ def _diff() -> Made:
     return {f"diffusion_model.{layer}.diff": d for layer, d in deltas.items()}, deltas, {}
 
 
+def _lokr_by_module() -> Made:
+    """SimpleTuner's: LyCORIS around diffusers' model, module paths with underscores."""
+    tensors, deltas = {}, {}
+    for number, (layer, (rows, columns)) in enumerate(SHAPES.items()):
+        modules, stacked = _modules(layer), []
+        for part, module in enumerate(modules):
+            w1 = loras.random((2, 4), 10 * number + part)
+            w2 = loras.random((rows // len(modules) // 2, columns // 4), 700 + 10 * number + part)
+            name = f"lycoris_{module.replace('.', '_')}"
+            tensors[f"{name}.lokr_w1"], tensors[f"{name}.lokr_w2"] = w1, w2
+            tensors[f"{name}.alpha"] = np.array(8.0, dtype=np.float32)
+            stacked.append(np.kron(w1, w2))
+        deltas[layer] = np.concatenate(stacked).astype(np.float32)
+    return tensors, deltas, {}
+
+
+def _split_under_bfl() -> Made:
+    """Black Forest Labs' paths with q, k and v apart."""
+    tensors, deltas = {}, {}
+    for number, (layer, (rows, columns)) in enumerate(SHAPES.items()):
+        parts = [f"to_{part}" for part in "qkv"] if layer.endswith("qkv") else [""]
+        stacked = []
+        for part, suffix in enumerate(parts):
+            name = f"diffusion_model.{layer.removesuffix('qkv')}{suffix}"
+            a = loras.random((RANK, columns), 10 * number + part)
+            b = loras.random((rows // len(parts), RANK), 900 + 10 * number + part)
+            tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a, b
+            stacked.append(b @ a)
+        deltas[layer] = np.concatenate(stacked)
+    return tensors, deltas, {}
+
+
+def _leading_rows() -> Made:
+    """`linear1_qkv`: of the rows of linear1 only q, k and v, as LoRA, LoKr and whole."""
+    tensors, deltas, h = {}, {}, tiny.HIDDEN
+    a, b = loras.random((RANK, h), 1), loras.random((3 * h, RANK), 2, 1.0)
+    w1, w2 = loras.random((3, 1), 3), loras.random((h, h), 4)
+    name = "diffusion_model.single_blocks.{}.linear1_qkv"
+    tensors[f"{name.format(0)}.lora_down.weight"] = a
+    tensors[f"{name.format(0)}.lora_up.weight"] = b
+    tensors[f"{name.format(0)}.alpha"] = np.array(1.0, dtype=np.float32)
+    tensors[f"{name.format(1)}.lokr_w1"], tensors[f"{name.format(1)}.lokr_w2"] = w1, w2
+    for block, change in enumerate((b @ a / RANK, np.kron(w1, w2))):
+        whole = np.zeros((9 * h, h), dtype=np.float32)
+        whole[: 3 * h] = change
+        deltas[f"single_blocks.{block}.linear1"] = whole
+    return tensors, deltas, {}
+
+
+def _renamed(made: Made, old: str, new: str) -> Made:
+    tensors, deltas, metadata = made
+    return {name.replace(old, new): array for name, array in tensors.items()}, deltas, metadata
+
+
+def _with_text_encoder() -> Made:
+    """As ComfyUI's merges are saved: with changes of a text encoder, which are left out."""
+    tensors, deltas, metadata = FORMATS["kohya"]()
+    for name in ("lora_te_layers_0_q_proj", "text_encoders.qwen3_8b.model.layers.0.q_proj"):
+        tensors[f"{name}.lora_down.weight"] = loras.random((4, 16), 1)
+        tensors[f"{name}.lora_up.weight"] = loras.random((16, 4), 2)
+    return tensors, deltas, metadata
+
+
 def _dotted(prefix: str) -> Callable[[str], str]:
     return lambda layer: f"{prefix}{layer}"
 
@@ -117,6 +184,19 @@ FORMATS: dict[str, Callable[[], Made]] = {
     "LoKr decomposed": lambda: _lokr(full=False),
     "LoHa": _loha,
     "diff": _diff,
+    "SimpleTuner": _lokr_by_module,
+    "adapters by name": lambda: _split_qkv(
+        "base_model.model.", "lora_A.zib_0.weight", "lora_B.zib_0.weight"
+    ),
+    "old diffusers": lambda: _split_qkv(
+        "unet.", "lora_linear_layer.down.weight", "lora_linear_layer.up.weight"
+    ),
+    "BFL with q, k, v apart": _split_under_bfl,
+    "linear1_qkv": _leading_rows,
+    "sformer_blocks": lambda: _renamed(
+        _split_qkv("diffusion_model.", *AB), "model.transformer_blocks", "model.sformer_blocks"
+    ),
+    "with a text encoder": _with_text_encoder,
 }
 
 
@@ -224,21 +304,127 @@ def test_merging_is_what_peft_does(
     assert torch.allclose(_latents(over_klein), _latents(peft), atol=1e-4)
 
 
+def _final(name: str, form: str) -> tuple[dict[str, Array], Array]:
+    h = tiny.HIDDEN
+    if form == "diff":
+        delta = loras.random((2 * h, h), 1, 0.2)
+        return {f"{name}.diff": delta}, delta
+    a, b = loras.random((4, h), 1), loras.random((2 * h, 4), 2)
+    alpha = np.array(2.0, dtype=np.float32)
+    tensors = {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b, f"{name}.alpha": alpha}
+    return tensors, (b @ a / 2).astype(np.float32)
+
+
+@pytest.mark.parametrize("form", ["diff", "lora"])
+@pytest.mark.parametrize(
+    ("name", "swapped"),
+    [
+        ("diffusion_model.final_layer.adaLN_modulation.1", True),
+        ("lora_unet_final_layer_adaLN_modulation_1", True),
+        ("transformer.norm_out.linear", False),
+    ],
+)
 def test_the_final_modulation_of_bfl_is_swapped(
-    over_klein: Any, tiny_folder: Path, lora_folder: Path, draw: Draw
+    name: str,
+    swapped: bool,
+    form: str,
+    over_klein: Any,
+    tiny_folder: Path,
+    lora_folder: Path,
+    draw: Draw,
 ) -> None:
     """BFL keeps shift before scale, diffusers scale before shift: rows change places."""
     h = tiny.HIDDEN
-    delta = loras.random((2 * h, h), 1, 0.2)
-    path = loras.write(
-        lora_folder / "final.safetensors",
-        {"diffusion_model.final_layer.adaLN_modulation.1.diff": delta},
-    )
+    tensors, delta = _final(name, form)
+    path = loras.write(lora_folder / "final.safetensors", tensors)
     reference = _reference(tiny_folder, {}, 0)
-    swapped = np.concatenate([delta[h:], delta[:h]])
-    reference.transformer.norm_out.linear.weight.data += torch.from_numpy(swapped)
+    if swapped:
+        delta = np.concatenate([delta[h:], delta[:h]])
+    reference.transformer.norm_out.linear.weight.data += torch.from_numpy(delta)
     draw(loras=[{"path": path.name}], lora_error="fail")
     assert torch.allclose(_latents(over_klein), _latents(reference), atol=1e-4)
+
+
+def _cayley(upper: Array, side: int) -> Array:
+    """(I + Q)(I - Q)⁻¹ of the skew matrix with this upper triangle, row by row."""
+    skew = np.zeros((side, side))
+    skew[np.triu_indices(side, 1)] = upper
+    skew -= skew.T
+    return (np.eye(side) + skew) @ np.linalg.inv(np.eye(side) - skew)
+
+
+@pytest.mark.parametrize("form", ["a block for each", "one for all", "scaled"])
+def test_an_oft_turns_its_inputs(
+    form: str, over_klein: Any, tiny_folder: Path, lora_folder: Path, draw: Draw
+) -> None:
+    """OneTrainer's: W' = W Rᵀ block by block, R by Cayley's transform; at a scale in between."""
+    side, elements = 8, 28
+    reference = _reference(tiny_folder, {}, 0)
+    modules, tensors = dict(reference.transformer.named_modules()), {}
+    for number, (layer, (_, columns)) in enumerate(SHAPES.items()):
+        blocks = 1 if form == "one for all" else columns // side
+        scaled = form == "scaled"
+        stored = loras.random((blocks, elements), number, 0.1 if scaled else 0.02)
+        name = f"transformer.{layer}" if number % 2 else f"lora_unet_{layer.replace('.', '_')}"
+        tensors[f"{name}.oft_R.weight"], upper = stored, stored.astype(np.float64)
+        if scaled:
+            tensors[f"{name}.oft_R.scaled_oft"] = np.array(1.0, dtype=np.float32)
+            upper = upper / elements**0.5
+        turns = [_cayley(upper[block % blocks], side) for block in range(columns // side)]
+        for module in _modules(layer):
+            weight = modules[module].weight
+            whole = weight.detach().numpy().astype(np.float64)
+            pieces = np.split(whole, columns // side, axis=1)
+            turned = np.concatenate(
+                [piece @ turn.T for piece, turn in zip(pieces, turns, strict=True)], axis=1
+            )
+            weight.data = torch.from_numpy((whole + 0.6 * (turned - whole)).astype(np.float32))
+    loras.write(lora_folder / "oft.safetensors", tensors)
+    base = _latents(over_klein)
+    lora = {"path": "oft.safetensors", "scale": 0.6}
+    (report,) = draw(loras=[lora], lora_error="fail").loras
+    assert (report.format, report.rank, report.effective_scale) == ("kohya oft", side, 0.6)
+    assert torch.allclose(_latents(over_klein), _latents(reference), atol=1e-4)
+    assert (base - _latents(over_klein)).abs().max() > 1e-3
+    draw()
+
+
+DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
+NORMS = {
+    "model.diffusion_model.double_blocks.0.img_attn.norm.query_norm.scale.diff": (
+        f"{DOUBLE}.0.attn.norm_q"
+    ),
+    "diffusion_model.double_blocks.1.txt_attn.norm.key_norm.diff": f"{DOUBLE}.1.attn.norm_added_k",
+    "lora_unet_single_blocks_1_norm_key_norm.w_norm": f"{SINGLE}.1.attn.norm_k",
+    f"transformer.{SINGLE}.0.attn.norm_q.diff": f"{SINGLE}.0.attn.norm_q",
+}
+
+
+def test_norms_are_changed(
+    over_klein: Any, tiny_folder: Path, lora_folder: Path, draw: Draw
+) -> None:
+    """In every spelling; zeros for biases, which no layer has, are no reason to refuse them."""
+    tensors, reference = {}, _reference(tiny_folder, {}, 0)
+    modules = dict(reference.transformer.named_modules())
+    for number, (name, module) in enumerate(NORMS.items()):
+        change = loras.random((16,), number)
+        tensors[name] = change
+        modules[module].weight.data += torch.from_numpy(change)
+    tensors["diffusion_model.double_blocks.0.img_mlp.0.diff_b"] = np.zeros(6, dtype=np.float32)
+    tensors["lora_unet_single_blocks_1_norm_key_norm.b_norm"] = np.zeros(16, dtype=np.float32)
+    loras.write(lora_folder / "norms.safetensors", tensors)
+    draw()
+    weights = {k: v.clone() for k, v in over_klein.transformer.state_dict().items()}
+    (report,) = draw(loras=[{"path": "norms.safetensors"}], lora_error="fail").loras
+    assert report.layers_matched == 4
+    assert torch.allclose(_latents(over_klein), _latents(reference), atol=1e-4)
+    draw()
+    after = over_klein.transformer.state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in weights.items())
+    tensors["diffusion_model.double_blocks.0.img_mlp.0.diff_b"][3] = 0.1
+    loras.write(lora_folder / "norms.safetensors", tensors)
+    with pytest.raises(LoraError, match=r"'norms\.safetensors' changes biases"):
+        draw(loras=[{"path": "norms.safetensors"}], lora_error="fail")
 
 
 @pytest.fixture(scope="module")
@@ -334,19 +520,130 @@ def test_a_failing_lora_is_loud(draw: Draw, lora_folder: Path, two: tuple[str, s
         assert says in str(caught.value)
 
 
-def test_an_interrupted_switch_heals(
+def _broken(pipe: KleinPipeline, wanted: list[dict[str, Any]], **values: Any) -> Job:
+    """A job whose first LoRA breaks klein when its third layer is merged."""
+    job = make_job(pipe, loras=wanted, **values)
+    file, *others = job.loras
+    assert isinstance(file, LoraFile)
+    patches = list(file.patches)
+    odd = {**patches[2].tensors, "down": patches[0].tensors["up"]}
+    patches[2] = replace(patches[2], tensors=odd)
+    return replace(job, loras=(replace(file, patches=tuple(patches)), *others))
+
+
+def test_a_lora_that_breaks_klein_breaks_nothing_else(
     draw: Draw, two: tuple[str, str], tiny_pipe: KleinPipeline
 ) -> None:
-    """Whatever stops a merge half-way, the next job starts from pristine weights."""
+    """Half-way through a merge: it is named, the others act as alone, the next picture is clean."""
+    bad: dict[str, Any] = {"path": two[0]}
+    good = {"path": two[1], "scale": 0.8}
+    base, alone = _bytes(draw()), _bytes(draw(loras=[good]))
+    for wanted in ([bad, good], [bad]):
+        result = draw(_broken(tiny_pipe, wanted))
+        broken, *others = result.loras
+        assert f"LoRA {two[0]!r} could not be applied, by a fault of klein" in str(broken.error)
+        assert any("DRAWN WITHOUT A LORA" in warning for warning in result.warnings)
+        assert all(other.applied for other in others)
+        assert _bytes(result) == (alone if others else base)
+        with pytest.raises(LoraError, match=f"'{two[0]}' could not be applied"):
+            draw(_broken(tiny_pipe, wanted, lora_error="fail"))
+        assert _bytes(draw()) == base
+
+
+class _Large(Mapping[str, str]):
+    """The tensors of a patch that does not fit into GPU memory."""
+
+    def __getitem__(self, part: str) -> str:
+        raise torch.OutOfMemoryError
+
+    def __iter__(self) -> Iterator[str]:
+        raise torch.OutOfMemoryError
+
+    def __len__(self) -> int:
+        return 2
+
+
+def test_a_lora_that_does_not_fit_restarts_no_worker(
+    draw: Draw, two: tuple[str, str], tiny_pipe: KleinPipeline
+) -> None:
+    """Memory that runs out over a LoRA, twice, is its error; OutOfMemory would end the worker."""
     base = _bytes(draw())
-    job = make_job(tiny_pipe, loras=[{"path": two[0]}])
-    (file,) = job.loras
-    assert isinstance(file, LoraFile)
-    first, second, third, *rest = file.patches
-    patches = (first, second, replace(third, tensors={}), *rest)
-    with pytest.raises(KeyError):
-        draw(replace(job, loras=(replace(file, patches=patches),)))
-    assert _bytes(draw()) == base
+
+    def large(**values: Any) -> Job:
+        job = make_job(tiny_pipe, loras=[{"path": two[0]}], **values)
+        (file,) = job.loras
+        assert isinstance(file, LoraFile)
+        patches = (replace(file.patches[0], tensors=_Large()), *file.patches[1:])
+        return replace(job, loras=(replace(file, patches=patches),))
+
+    with pytest.raises(LoraUnavailable, match=f"'{two[0]}' did not fit into GPU memory, twice"):
+        draw(large(lora_error="fail"))
+    result = draw(large())
+    assert not result.loras[0].applied
+    assert _bytes(result) == _bytes(draw()) == base
+    assert draw(loras=[{"path": two[0]}]).loras[0].applied
+
+
+def test_factors_are_counted_before_they_are_read(
+    tiny_pipe: KleinPipeline, lora_folder: Path, two: tuple[str, str]
+) -> None:
+    """One LoRA after the other: the first for which no room is left is named, the others act."""
+    library = LoraLibrary(lora_folder)
+    files = [library.find(LoraSpec(path)) for path in two]
+    room = files[0].identity.size + files[1].identity.size // 2
+    merger = LoraMerger(tiny_pipe.parts.transformer, tiny_pipe.info.spec, free=lambda _: left())
+
+    def left() -> int:
+        return room - merger.spare_bytes()
+
+    requests = [AdapterRequest(one.name, one, 1.0) for one in files]
+    first, second = merger.apply(requests)
+    assert first.applied
+    assert not second.applied
+    assert f"LoRA {two[1]!r} needs 0.0 GB of memory" in str(second.error)
+    (alone,) = merger.apply(requests[1:])
+    assert alone.applied
+    merger.apply([])
+
+
+def test_factors_are_memory_of_kleins_own(lora_folder: Path, two: tuple[str, str]) -> None:
+    """A file that is cut off while it is in use kills no worker, as a mapped one does."""
+    path = lora_folder / "cut.safetensors"
+    path.write_bytes((lora_folder / two[0]).read_bytes())
+    file = inspect(path, path.name)
+    tensors = factors.read(file, torch.device("cpu"))
+    path.open("wb").close()
+    expected, _ = loras.ai_toolkit(SHAPES, rank=4, seed=1, trigger="zibbo")
+    assert tensors.keys() == expected.keys()
+    assert all(np.array_equal(tensors[name], expected[name]) for name in expected)
+    with pytest.raises(LoraUnavailable, match="was replaced"):
+        factors.read(file, torch.device("cpu"))
+
+
+def test_a_file_that_changes_after_its_inspection_is_not_applied(
+    draw: Draw, tiny_pipe: KleinPipeline, lora_folder: Path
+) -> None:
+    """Replaced or deleted while its job waits; and what it was is read again when it is back."""
+    path, base = lora_folder / "waits.safetensors", _bytes(draw())
+    tensors, _ = loras.ai_toolkit(SHAPES, rank=3, seed=7)
+    loras.write(path, tensors)
+    whole = path.read_bytes()
+    jobs = [make_job(tiny_pipe, loras=[{"path": path.name}], lora_error=x) for x in POLICIES]
+    for spoil, says in (
+        (lambda: path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1])), "was replaced"),
+        (path.unlink, "cannot be read any more"),
+    ):
+        spoil()
+        result = draw(jobs[0])
+        assert says in str(result.loras[0].error)
+        assert _bytes(result) == base
+        with pytest.raises(LoraUnavailable, match=says):
+            draw(jobs[1])
+    path.write_bytes(whole)
+    assert draw(jobs[1]).loras[0].applied
+
+
+POLICIES = ("continue", "fail")
 
 
 def test_bf16_files_are_read(draw: Draw, lora_folder: Path) -> None:

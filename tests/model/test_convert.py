@@ -11,7 +11,9 @@ from tests.model.test_adapters import FORMATS, SHAPES
 from tests.support import loras, tiny
 
 
-@pytest.mark.parametrize("name", ["ai-toolkit with alpha", "kohya", "LoHa", "LoKr decomposed"])
+@pytest.mark.parametrize(
+    "name", ["ai-toolkit with alpha", "kohya", "LoHa", "LoKr decomposed", "linear1_qkv"]
+)
 def test_a_converted_file_is_the_same_lora_elsewhere(
     name: str, tiny_folder: Path, tmp_path: Path, lora_folder: Path, draw: Draw
 ) -> None:
@@ -36,16 +38,25 @@ def test_a_converted_file_is_the_same_lora_elsewhere(
     assert off.max() <= 2
 
 
+LAYER = "single_blocks.0.linear2"
+HELD = {
+    "is a DoRA: what it does depends on the weights": loras.ai_toolkit({LAYER: SHAPES[LAYER]})[0]
+    | {f"diffusion_model.{LAYER}.magnitude": loras.random((tiny.HIDDEN,), 1)},
+    "is an OFT": {f"diffusion_model.{LAYER}.oft_R.weight": loras.random((16, 28), 1)},
+    "changes the norm": {
+        "diffusion_model.single_blocks.0.norm.query_norm.diff": loras.random((16,), 1)
+    },
+}
+
+
+@pytest.mark.parametrize("says", HELD)
 def test_what_cannot_be_converted_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A DoRA depends on the weights it is put on."""
-    tensors, _ = loras.ai_toolkit({"single_blocks.0.linear2": SHAPES["single_blocks.0.linear2"]})
-    rows = tiny.HIDDEN
-    tensors["diffusion_model.single_blocks.0.linear2.magnitude"] = loras.random((rows,), 1)
-    source = loras.write(tmp_path / "dora.safetensors", tensors)
+    """What depends on the weights it is put on, and what the format has no words for."""
+    source = loras.write(tmp_path / "source.safetensors", HELD[says])
     assert cli.main(["lora", "convert", str(source), str(tmp_path / "x.safetensors")]) == 2
-    assert "is a DoRA" in capsys.readouterr().err
+    assert says in capsys.readouterr().err
     assert not (tmp_path / "x.safetensors").exists()
 
 

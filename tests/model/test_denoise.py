@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchLCMScheduler
 from torch import Tensor
 
 from benchmarks.nano import Nano, distance, run
@@ -120,7 +121,7 @@ def test_steps_are_skipped_only_where_that_costs_little(
     """Of fewer none is, and the result says so."""
     draw = drawer(in_bfloat16[1])
     result = draw(num_inference_steps=steps, sampler=sampler, width=64, height=64, guidance_scale=1)
-    skipped = steps >= SAMPLERS[sampler].skips_from
+    skipped = steps >= (SAMPLERS[sampler].skips_from or 0)
     assert result.forwards == (STEP_SKIPPING.computed(steps) if skipped else steps)
     said = [warning for warning in result.warnings if "no step was skipped" in warning]
     assert len(said) == (not skipped)
@@ -203,3 +204,41 @@ def test_ab2_with_16_steps_is_as_near_as_euler_with_28() -> None:
         for steps, name in ((28, "euler"), (16, "ab2"))
     )
     assert 0 < ab2 <= 1.05 * euler
+
+
+def test_lcm_is_diffusers() -> None:
+    """Step by step FlowMatchLCMScheduler's, with the same noise; a preview sees the clean image."""
+    theirs = FlowMatchLCMScheduler(num_train_timesteps=1000)
+    theirs.set_timesteps(sigmas=list(LEVELS[:-1]), device="cpu")
+    generators = [torch.Generator().manual_seed(7) for _ in range(2)]
+
+    def forward(hidden_states: Tensor, timestep: Tensor, **_: Any) -> tuple[Tensor]:
+        return (hidden_states.cos() * timestep,)
+
+    def noise() -> Tensor:
+        return torch.randn(1, 2, 3, generator=generators[0])
+
+    run = Run(LEVELS, SAMPLERS["lcm"], 1.0)
+    made, steps = _drawn(forward, run, _text(1.0), noise=noise)
+    expected = torch.ones(1, 2, 3)
+    for timestep, step in zip(theirs.timesteps, steps, strict=True):
+        velocity = forward(expected, timestep[None] / 1000)[0]
+        sigma = theirs.sigmas[len(steps) if theirs.step_index is None else theirs.step_index]
+        clean = expected - (LEVELS[0] if theirs.step_index is None else sigma) * velocity
+        expected = theirs.step(velocity, timestep, expected, generators[1], return_dict=False)[0]
+        assert torch.allclose(step.latents, expected, atol=1e-5)
+        assert torch.allclose(step.clean, clean, atol=1e-5)
+    assert torch.allclose(made, clean, atol=1e-5)
+
+
+def test_given_noise_levels_are_taken_as_they_are(in_bfloat16: list[KleinPipeline]) -> None:
+    """As many steps as there are, without a mu; lcm skips none of them and says so."""
+    asked = {"width": 64, "height": 64, "guidance_scale": 1, "sampler": "lcm"}
+    draw = drawer(in_bfloat16[1])
+    levels = [1 - i / 20 for i in range(20)]
+    result = draw(**asked, schedule=levels, num_inference_steps=None)
+    assert (result.sigmas, result.mu, result.forwards) == (tuple(levels), None, 20)
+    assert "no step was skipped: lcm draws new noise in each" in result.warnings
+    first, second = (draw(**asked, num_images=2, seed=s).images for s in (5, 6))
+    assert np.array_equal(np.asarray(first[1].image), np.asarray(second[0].image))
+    assert not np.array_equal(np.asarray(first[0].image), np.asarray(first[1].image))

@@ -78,7 +78,11 @@ def test_a_lora_that_is_not_finite_is_left_out(name: str, draw: Draw, lora_folde
 
 @pytest.mark.parametrize(
     ("values", "scale", "says"),
-    [({"lora_B__weight": 0.0}, 1.0, "it is zero everywhere"), ({}, 0.0, "its scale is 0")],
+    [
+        ({"lora_B__weight": 0.0}, 1.0, "it is zero everywhere"),
+        ({}, 0.0, "its scale is 0"),
+        ({}, 1e-300, "its scale is 1e-300"),
+    ],
 )
 def test_a_lora_that_changes_nothing_says_so(
     values: dict[str, float], scale: float, says: str, draw: Draw, lora_folder: Path

@@ -109,6 +109,7 @@ def test_out_of_memory_is_tried_once_more_with_less(tiny_pipe: KleinPipeline, dr
     assert again.images[0].image.tobytes() == before.images[0].image.tobytes()
     assert any("GPU memory ran out: drawn again" in warning for warning in again.warnings)
     assert tiled == [False, True, True]
+    assert tiny_pipe.stats().memory_retries == 1
     tiled.clear()
     bursts = 2
     with pytest.raises(OutOfMemory, match=r"64×64 did not fit .* twice: ask"):
@@ -154,7 +155,7 @@ def test_timings_cover_the_job(draw: Draw) -> None:
     """Every stage is there and they add up to the total."""
     timings = asdict(draw(num_images=2).timings)
     total = timings.pop("total")
-    assert set(timings) == {"queue", "lora", "text", "encode", "denoise", "decode"}
+    assert set(timings) == {"fetch", "queue", "lora", "text", "encode", "denoise", "decode"}
     assert all(seconds > 0 for seconds in timings.values())
     assert sum(timings.values()) == pytest.approx(total, abs=0.2)
 

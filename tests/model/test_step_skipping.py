@@ -24,7 +24,7 @@ from klein.request.presets import PRESETS
 from tests.model.conftest import drawer, load, planned, with_loras
 
 STEPS = range(1, 101)
-SHIFTS: list[schedule.Schedule] = [*schedule.SCHEDULES, -2.0, 0.0, 2.0, 4.0, 6.0, 8.0]
+SHIFTS: list[schedule.Shift] = [*schedule.SCHEDULES, -2.0, 0.0, 2.0, 4.0, 6.0, 8.0]
 SIZES = sorted({(p.width, p.height) for p in PRESETS.values()} | {(64, 64), (512, 512)})
 PROMPT = "a woman with a green hat"
 
@@ -40,7 +40,7 @@ def skipped(levels: tuple[float, ...]) -> Iterator[tuple[int, int, int]]:
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
-def test_every_run_extrapolates_along_its_own_levels(shift: schedule.Schedule) -> None:
+def test_every_run_extrapolates_along_its_own_levels(shift: schedule.Shift) -> None:
     """1 to 100 steps, all sizes: the ratio is that of the exact levels, and velocities in bfloat16
     stay finite and within the ratio's reach."""
     for (width, height), steps in product(SIZES, STEPS):
@@ -88,10 +88,17 @@ def apart(skipping: KleinPipeline, whole: KleinPipeline, **values: Any) -> float
 
 
 @pytest.mark.parametrize(
-    ("steps", "shift"), [(15, "bfl"), (15, "linear"), (28, "linear"), (75, 4.0), (100, 8.0)]
+    ("steps", "shift"),
+    [
+        (15, "bfl"),
+        (15, "linear"),
+        (28, "linear"),
+        (75, 4.0),
+        pytest.param(100, 8.0, marks=pytest.mark.long),
+    ],
 )
 def test_images_in_bfloat16(
-    skipping: KleinPipeline, whole: KleinPipeline, steps: int, shift: schedule.Schedule
+    skipping: KleinPipeline, whole: KleinPipeline, steps: int, shift: schedule.Shift
 ) -> None:
     """Finite, and near to those with all steps."""
     values = {"width": 96, "height": 128, "num_inference_steps": steps, "schedule": shift}

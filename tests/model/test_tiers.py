@@ -19,6 +19,7 @@ from klein.inference.offload import ModelOffloader
 from klein.inference.pipeline import KleinPipeline
 from klein.models.speed import STEP_SKIPPING
 from klein.output import response
+from klein.output.marks import Marks
 from tests.model.conftest import drawer, load, planned, with_loras
 from tests.support import loras, tiny
 
@@ -77,7 +78,7 @@ def test_pictures_against_eager(tier: KleinPipeline, eager: KleinPipeline, name:
 def test_the_result_names_the_tier(tier: KleinPipeline) -> None:
     """Nobody has to guess how a picture was made."""
     result = drawer(tier)(prompt="a man", num_inference_steps=2)
-    answer = response.to_json(result, Delivery("png", 95, "base64"))
+    answer = response.to_json(result, Delivery("png", 95, "base64"), Marks())
     assert answer["model"]["speed"] == tier.info.speed
     assert "fused" in answer["model"]["speed_options"]
 

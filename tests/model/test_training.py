@@ -82,6 +82,7 @@ def test_shares_of_the_kinds(edits: float) -> None:
     assert given == pytest.approx(edits)
 
 
+@pytest.mark.long
 def test_the_judge_of_edits() -> None:
     """It finds true results right, and the unchanged references wrong."""
     made = make_edits(sample(3, 11, test=True), 12, test=True)

@@ -8,6 +8,7 @@ import pytest
 
 from klein.errors import ModelUnavailable
 from klein.models import plan as planning
+from klein.models import speed
 from klein.models.catalog import GB, MODELS
 from klein.models.machine import Device, Machine
 from klein.settings import Settings
@@ -116,6 +117,7 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 from klein.models import plan as planning
+from klein.models import speed
 from klein.errors import ModelUnavailable
 from klein.models.machine import Device, Machine
 from klein.settings import Settings
@@ -173,3 +175,28 @@ def test_hub_models_are_checked_before_they_are_fetched(
     assert says in run.stdout, run.stdout + run.stderr
     assert "hf_good" not in run.stdout
     assert not any("weights" in seen.path for seen in hub.seen)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "offload", "tier"),
+    [(25.2, "none", "fast"), (16.8, "model", "fast"), (12, "sequential", "eager")],
+)
+def test_float8_weights_stay_as_they_are_where_they_fit(
+    gpu: float, offload: str, tier: str
+) -> None:
+    """A 24 GB card holds all of them and a 16 GB card takes turns, without 18 GB of originals."""
+    card = Device("cuda", "GPU", int(gpu * GB), int(gpu * GB), (8, 9))
+    machine = Machine((card,), 40 * GB, 100 * GB)
+    chosen, _ = planning.place(_settings(), machine, NINE, "cuda", float8=True)
+    situation = speed.situation(chosen, float8=True)
+    faster = speed.choose("auto", "cuda", (8, 9), situation, float8=True)
+    assert (chosen, faster.tier.name) == (offload, tier)
+    with pytest.raises(ModelUnavailable, match="GB"):
+        planning.place(_settings(KLEIN_SPEED="fast"), _machine(16.8), NINE, "cuda")
+
+
+def test_float8_weights_on_a_gpu_without_float8() -> None:
+    """Ampere has no float8 products: the weights are made full and drawn with exactly."""
+    faster = speed.choose("auto", "cuda", (8, 6), frozenset(), float8=True)
+    assert faster.tier.name == "exact"
+    assert speed.choose("auto", "cuda", (8, 9), frozenset()).tier.name == "exact"

@@ -75,8 +75,8 @@ def test_what_is_optional_is_left_out_where_it_cannot_be() -> None:
     offloaded = acceleration.choose("exact", "cuda", HOPPER, frozenset({"model"}))
     assert offloaded.tier is whole.tier
     assert set(whole.options) - set(offloaded.options) == {"cuda_graph"}
-    assert not acceleration.excludes(TIERS["exact"], "model")
-    assert acceleration.excludes(TIERS["fast"], "model")
+    assert not acceleration.excludes(TIERS["exact"], {"model"})
+    assert acceleration.excludes(TIERS["fast"], {"model"})
 
 
 def test_klein_s_own_choice_gives_way_and_says_why() -> None:

@@ -10,6 +10,7 @@ from klein.core import GenerationParams, InputInfo, Margins, Timings
 from klein.errors import InvalidRequest
 from klein.output import metadata, response
 from klein.output.images import read_text
+from klein.output.marks import Marks
 from tests.support import fakes
 
 PNG = fakes.delivery()
@@ -87,7 +88,7 @@ def test_a1111_can_read_it() -> None:
 def test_the_longest_prompts_fit_into_exif() -> None:
     """A JPEG's EXIF holds 64 KB; the longest request must fit."""
     long = fakes.params(prompt="木" * 5000, negative_prompt="😀" * 5000)
-    (picture,) = response.encode(fakes.result(long), fakes.delivery(output_format="jpeg"))
+    (picture,) = response.encode(fakes.result(long), fakes.delivery(output_format="jpeg"), Marks())
     assert metadata.from_text(read_text(picture.data)).prompt == "木" * 5000
 
 

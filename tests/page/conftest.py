@@ -12,9 +12,17 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, s
 
 from tests.support import live
 
-CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+"""A browser's path; None where there is none."""
+SWITCHES = ["--no-sandbox"]
+"""A container allows no sandbox, and only klein's own page is opened."""
 NETWORK = "Failed to load resource"
 """How Chromium begins its own line on every answer of 400 and above."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "smoke: what CI runs where a minute is all there is")
 
 
 @contextmanager
@@ -37,11 +45,10 @@ def server(
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    if not Path(CHROMIUM).exists():
-        pytest.fail(f"no browser at {CHROMIUM}: `apt-get install chromium`, or set CHROMIUM")
+    if CHROMIUM is None:
+        pytest.fail("no Chromium here: `apt-get install chromium`, or set CHROMIUM to its path")
     with sync_playwright() as playwright:
-        args = ["--no-sandbox"] if os.geteuid() == 0 else []
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=args)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
         yield browser
         browser.close()
 

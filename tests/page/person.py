@@ -1,5 +1,6 @@
 """What a person does on the page, as few words as possible."""
 
+import base64
 import json
 import urllib.request
 from typing import Any
@@ -47,3 +48,17 @@ def newest_job(url: str) -> dict[str, Any]:
     """The last job that the server was asked for."""
     with urllib.request.urlopen(f"{url}/jobs?limit=1") as answer:
         return dict(json.load(answer)["results"][0])
+
+
+def drop(page: Page, data: bytes, kind: str = "image/png") -> None:
+    """Drop a file anywhere on the page."""
+    page.evaluate(
+        """([text, type]) => {
+            const data = new DataTransfer();
+            const bytes = Uint8Array.from(atob(text), (one) => one.charCodeAt(0));
+            data.items.add(new File([bytes], "x", { type }));
+            const drop = new DragEvent("drop", { dataTransfer: data, bubbles: true });
+            document.body.dispatchEvent(drop);
+        }""",
+        [base64.b64encode(data).decode(), kind],
+    )

@@ -8,7 +8,6 @@ import argparse
 import base64
 import io
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.page import person
-from tests.page.conftest import CHROMIUM, server
+from tests.page.conftest import CHROMIUM, SWITCHES, server
 from tests.support import live
 
 IMAGES = live.ROOT / "docs" / "images"
@@ -35,6 +34,7 @@ THUMBNAILS = {
     "edit": "a winking man with spiky blonde hair, sunglasses and a red t-shirt, pink background",
     "edit_fast": "a winking man with spiky blue hair, sunglasses, a green t-shirt, pink background",
     "match_training_preview": "a woman with a pink ponytail and a black t-shirt, white background",
+    "turbo_lora": "a laughing man with short gray hair and a blue hoodie, green background",
 }
 
 
@@ -92,7 +92,6 @@ def main() -> None:
     parser.add_argument("--thumbnails", action="store_true")
     parser.add_argument("--all", type=Path, metavar="FOLDER")
     args = parser.parse_args()
-    flags = ["--no-sandbox"] if os.geteuid() == 0 else []
     with (
         tempfile.TemporaryDirectory() as home,
         server(Path(home)) as (url, _),
@@ -100,7 +99,7 @@ def main() -> None:
     ):
         if args.thumbnails:
             thumbnails(url)
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
         save(drawn(browser, url, (1600, 900), "light"), IMAGES / "page.webp")
         dark = drawn(browser, url, SIZES["wide"], "dark")
         paint(dark)

@@ -30,7 +30,7 @@ def _faults(page: Page) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", [pytest.param("light", marks=pytest.mark.smoke), "dark"])
 def test_axe_finds_nothing_serious(browser: Browser, url: str, theme: str) -> None:
     """On the empty page, in a dialog, and with everything open beside an image."""
     context = browser.new_context(color_scheme=theme, viewport={"width": 1440, "height": 900})
@@ -51,6 +51,7 @@ def test_axe_finds_nothing_serious(browser: Browser, url: str, theme: str) -> No
     context.close()
 
 
+@pytest.mark.smoke
 def test_keyboard_only(page: Page) -> None:
     """From the top of the page to a downloaded image without a mouse."""
     page.keyboard.press("Tab")
@@ -85,10 +86,12 @@ def _tab_to(page: Page, selector: str) -> None:
     raise AssertionError(f"{selector} cannot be reached by Tab")
 
 
-@pytest.mark.parametrize("width", [320, 390, 1280, 1920])
-def test_nothing_sticks_out(browser: Browser, url: str, width: int) -> None:
-    """Down to a small phone, before and after an image, with everything unfolded."""
-    context = browser.new_context(viewport={"width": width, "height": 844}, has_touch=width < 500)
+@pytest.mark.parametrize(("width", "height"), [(320, 256), (390, 844), (1280, 800), (1920, 1080)])
+def test_nothing_sticks_out(browser: Browser, url: str, width: int, height: int) -> None:
+    """From a screen at 400 % up, before and after an image, with everything unfolded."""
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, has_touch=width < 500
+    )
     with watched(context) as page:
         page.goto(f"{url}/ui")
         page.wait_for_selector(".example")
@@ -121,6 +124,7 @@ def test_progress_is_announced(page: Page) -> None:
     expect(page.locator("#live")).to_contain_text("Cancelled")
 
 
+@pytest.mark.smoke
 def test_the_page_is_small_and_its_policy_strict() -> None:
     assert sum(map(len, playground.FILES.values())) <= MOST_BYTES
     assert "unsafe" not in playground.POLICY

@@ -1,21 +1,24 @@
 """Drawing, watching, cancelling, and finding everything again."""
 
+import asyncio
 import io
 import json
 import re
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from playwright.sync_api import BrowserContext, Page, expect
 
+from klein.entrypoints.runpod import Worker
 from klein.output.images import read_text
-from klein.request.schema import parse
 from tests.page import person
-from tests.support import live
+from tests.support import fakes, live
 
 
 def _downloaded(page: Page, name: str) -> bytes:
@@ -24,6 +27,7 @@ def _downloaded(page: Page, name: str) -> bytes:
     return Path(waiting.value.path()).read_bytes()
 
 
+@pytest.mark.smoke
 def test_draw_and_watch(page: Page) -> None:
     """Previews and steps come while it is drawn; the file carries its settings."""
     person.ask(page, steps=28)
@@ -48,6 +52,7 @@ def test_seconds_left_are_told_once_klein_knows(page: Page) -> None:
     page.wait_for_selector("text=Nothing was kept of it")
 
 
+@pytest.mark.smoke
 def test_cancel(page: Page, url: str) -> None:
     person.ask(page, steps=100)
     page.click("#draw")
@@ -70,6 +75,7 @@ def test_a_job_that_failed_says_why(page: Page) -> None:
     expect(page.get_by_role("button", name="Try again")).to_be_visible()
 
 
+@pytest.mark.smoke
 def test_a_lora_and_its_report(page: Page) -> None:
     person.ask(page)
     person.add_lora(page, "zib")
@@ -145,6 +151,7 @@ def test_docs_lead_to_the_page(context: BrowserContext, url: str) -> None:
     assert page.get_by_role("link", name="the page").evaluate("link => link.href") == f"{url}/ui"
 
 
+@pytest.mark.smoke
 def test_sweep(page: Page) -> None:
     """One seed, several values, a labelled strip."""
     person.ask(page)
@@ -162,6 +169,19 @@ def test_sweep(page: Page) -> None:
     assert len(seeds) == 1
 
 
+def test_a_sweep_that_is_cancelled_keeps_what_is_drawn(page: Page) -> None:
+    person.ask(page, steps=20)
+    page.click("#sweep > summary")
+    page.fill("#sweep-values", "1, 2, 3")
+    page.click("#sweep-go")
+    page.wait_for_selector(".sweep .bare", timeout=person.PATIENCE)
+    page.keyboard.press("Escape")
+    page.get_by_role("heading", name="Cancelled").wait_for()
+    expect(page.locator("#stage")).to_contain_text("1 of 3 were drawn before")
+    expect(page.locator(".tile-of-gallery")).to_have_count(1)
+
+
+@pytest.mark.smoke
 def test_reload_finds_the_gallery_and_exports_it(page: Page) -> None:
     person.ask(page)
     person.draw(page)
@@ -216,7 +236,7 @@ def test_drop_an_image_to_get_its_settings_back(page: Page, url: str, format: st
     }
     status, data = live.post(f"{url}/generate", asked)
     assert status == 200
-    _drop(page, data, f"image/{format}")
+    person.drop(page, data, f"image/{format}")
     page.get_by_role("button", name="Use its settings").click()
     expect(page.locator("#prompt")).to_have_value(prompt)
     expect(page.locator("#negative_prompt")).to_have_value("a scarf 😀")
@@ -231,29 +251,21 @@ def test_drop_an_image_of_another_program(page: Page) -> None:
 
     info, out = PngInfo(), io.BytesIO()
     text = (
-        "a cat,\nsitting\nNegative prompt: dog\n"
-        "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 512x768"
+        "a cat,\nsitting <lora:zibbo:0.6>\nNegative prompt: dog\n"
+        "Steps: 150, Sampler: Euler a, CFG scale: 7, Seed: 0, Size: 512x768, "
+        'Lora hashes: "zibbo: ab, x: cd", Version: v1.10'
     )
     info.add_text("parameters", text)
     Image.new("RGB", (64, 64)).save(out, "PNG", pnginfo=info)
-    _drop(page, out.getvalue(), "image/png")
+    person.drop(page, out.getvalue())
+    expect(page.locator("dialog")).to_contain_text("refuse it: num inference steps.")
     page.get_by_role("button", name="Use its settings").click()
     expect(page.locator("#prompt")).to_have_value("a cat,\nsitting")
+    expect(page.locator("#seed")).to_have_value("0")
+    expect(page.get_by_label("Scale of zibbo as a number")).to_have_value("0.6")
     expect(page.locator("#negative_prompt")).to_have_value("dog")
     expect(page.locator("#field-guidance_scale")).to_have_value("7")
     expect(page.locator("#width")).to_have_value("512")
-
-
-def _drop(page: Page, data: bytes, kind: str) -> None:
-    page.evaluate(
-        """([bytes, type]) => {
-            const data = new DataTransfer();
-            data.items.add(new File([new Uint8Array(bytes)], "x", { type }));
-            const drop = new DragEvent("drop", { dataTransfer: data, bubbles: true });
-            document.body.dispatchEvent(drop);
-        }""",
-        [list(data), kind],
-    )
 
 
 def test_each_snippet_runs_as_it_is(page: Page, context: BrowserContext, tmp_path: Path) -> None:
@@ -267,11 +279,34 @@ def test_each_snippet_runs_as_it_is(page: Page, context: BrowserContext, tmp_pat
         page.get_by_role("tab", name=name).click()
         page.click("#copy")
         texts[name] = page.evaluate("navigator.clipboard.readText()")
-    assert {"curl", "Python", "RunPod"} <= set(texts)
-    for name in set(texts) - {"RunPod"}:
+    assert set(texts) == {"curl", "Python", "OpenAI client", "RunPod"}
+    answer = _on_runpod(json.loads(texts.pop("RunPod")))
+    assert (answer["parameters"]["seed"], answer["images"][0]["seed"]) == (3, 3)
+    for name, text in texts.items():
         argv = ["bash", "-c"] if name == "curl" else [sys.executable, "-c"]
-        subprocess.run([*argv, texts[name]], cwd=tmp_path, check=True, timeout=100)
+        subprocess.run([*argv, text], cwd=tmp_path, check=True, timeout=100)
         image = tmp_path / "image.png"
         assert Image.open(image).tobytes() == wanted, name
         image.unlink()
-    assert parse(json.loads(texts["RunPod"])["input"]).seed == 3
+
+
+def _on_runpod(job: dict[str, Any]) -> dict[str, Any]:
+    """What RunPod's worker answers to a job; it draws nothing."""
+
+    async def send(job: dict[str, Any], update: dict[str, Any]) -> None: ...
+
+    generator = fakes.generator(fakes.FakePipeline())
+    handle = Worker(generator, send).handle
+    with ThreadPoolExecutor() as beside:  # Playwright has an event loop in this thread
+        answer = beside.submit(lambda: asyncio.run(handle({"id": "job", **job}))).result()
+    generator.stop()
+    return answer
+
+
+def test_bentomls_own_page_leads_to_the_page(context: BrowserContext, url: str) -> None:
+    """`/` is BentoML's; /ui is one of its routes there, with a link."""
+    page = context.new_page()
+    page.goto(url)
+    page.get_by_text("A page to draw, edit and compare on").click()
+    link = page.get_by_role("link", name="Open it")
+    assert link.evaluate("link => link.href") == f"{url}/ui"

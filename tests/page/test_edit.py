@@ -49,6 +49,7 @@ def _painted(page: Page) -> float:
     )
 
 
+@pytest.mark.smoke
 def test_references(page: Page, url: str, photo: Path) -> None:
     person.ask(page)
     page.click("#edit > summary")
@@ -62,6 +63,7 @@ def test_references(page: Page, url: str, photo: Path) -> None:
     assert used["reference_megapixels"] == 0.0625
 
 
+@pytest.mark.smoke
 def test_repaint_what_is_painted(page: Page, photo: Path) -> None:
     """Outside the mask every pixel stays, and the page says so."""
     _edit(page, photo)

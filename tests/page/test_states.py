@@ -1,8 +1,11 @@
 """A server with a key and a short queue, from its start to its end."""
 
 import json
+import os
+import subprocess
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
@@ -41,11 +44,16 @@ def test_loading_then_a_key_is_wanted(page: Page) -> None:
     page.wait_for_selector(".example")
 
 
-def test_draws_with_the_key(page: Page) -> None:
+def test_draws_with_the_key(page: Page, tmp_path: Path) -> None:
+    """And so does the copied request, which reads it from the environment."""
     person.ask(page)
     person.draw(page)
     expect(page.locator("#snippet")).to_contain_text("$API_KEY")
     expect(page.locator("#snippet")).not_to_contain_text(KEY)
+    command = page.locator("#snippet").inner_text()
+    env = os.environ | {"API_KEY": KEY}
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, check=True, timeout=100)
+    assert (tmp_path / "image.png").stat().st_size > 1000
 
 
 def test_queue_full(page: Page, keyed: tuple[str, object]) -> None:

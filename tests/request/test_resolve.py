@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from klein.errors import InvalidRequest
 from klein.lora.file import Identity, LoraFile
 from klein.lora.metadata import LoraDefaults
+from klein.lora.spec import LoraSpec
 from klein.models.catalog import MODELS
 from klein.request.presets import PRESETS
 from klein.request.resolve import Resolved, resolve
@@ -149,5 +150,51 @@ def test_bad_loras_in_the_prompt(prompt: str) -> None:
 
 
 def _file(scale: float | None = None, trigger: str | None = None) -> LoraFile:
-    nowhere, own = Identity(0, 0, 0, 0), LoraDefaults(scale, trigger)
+    nowhere, own = Identity(0, 0, 0, 0, 0), LoraDefaults(scale, trigger)
     return LoraFile(Path("x"), "x", "0", "ai-toolkit", 1, (), (), {}, nowhere, own)
+
+
+def test_noise_levels_say_how_many_steps() -> None:
+    """For distilled models too; another number beside them is refused."""
+    levels = [1.0, 0.6, 0.3]
+    for model in (NINE, MODELS["klein-9B"]):
+        assert _resolve(model, schedule=levels).params.num_inference_steps == 3
+    assert _resolve(schedule=levels, num_inference_steps=3).params.schedule == tuple(levels)
+    with pytest.raises(InvalidRequest, match="schedule has 3 noise levels"):
+        _resolve(schedule=levels, num_inference_steps=4)
+
+
+def test_base_loras_are_always_on() -> None:
+    """First, at the operator's scale, once; a request can neither remove nor change them."""
+    base = (LoraSpec("turbo.safetensors", 1.0),)
+
+    def resolved(*loras: dict[str, Any]) -> Resolved:
+        request = parse({"prompt": "x", "seed": 1, "loras": list(loras)})
+        return resolve(request, NINE, lambda: 1, base_loras=base)
+
+    anna = {"path": "anna.safetensors", "scale": 0.8}
+    assert resolved().params.loras == base
+    assert resolved().needs_preparing
+    both = (*base, LoraSpec("anna.safetensors", 0.8))
+    assert resolved(anna).params.loras == both
+    again = resolved({"path": "turbo.safetensors", "scale": 1.0}, anna)
+    assert (again.params.loras, again.warnings) == (both, ())
+    off = resolved({"path": "turbo.safetensors", "scale": 0}, anna)
+    assert off.params.loras == both
+    assert "turbo.safetensors is always on here at scale 1" in off.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "loras", "warned"),
+    [
+        (NINE, [], True),
+        (NINE, [{"path": "anna.safetensors"}], True),
+        (NINE, [{"path": "klein_9B_Turbo_r128.safetensors"}], False),
+        (MODELS["klein-9B"], [], False),
+    ],
+)
+def test_the_turbo_preset_wants_a_turbo_lora(model: Any, loras: list[Any], warned: bool) -> None:
+    """8 steps of a base model without one are blurred, and the answer says so."""
+    made = _resolve(model, preset="turbo_lora", loras=loras)
+    assert any("with a turbo LoRA on" in warning for warning in made.warnings) == warned
+    assert (made.params.guidance_scale, made.params.sampler) == (1.0, "lcm")

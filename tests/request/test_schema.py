@@ -17,7 +17,14 @@ from klein.request.schema import GenerateRequest, parse
         ({"preset": "portrait"}, "preset", "did you mean 'portrait_hd'"),
         ({"schedule": "flux"}, "schedule", "known are bfl, ai_toolkit, linear"),
         ({"schedule": 99}, "schedule", "from -2.0 to 8.0"),
-        ({"schedule": True}, "schedule", "a name or mu"),
+        ({"schedule": True}, "schedule", "a name, a list of noise levels, or mu"),
+        ({"schedule": [1.0, "0.5"]}, "schedule", "noise levels are numbers"),
+        ({"schedule": [0.5, 0.5]}, "schedule", "must fall"),
+        ({"schedule": [1.5, 0.5]}, "schedule", "above 0 and at most 1"),
+        ({"schedule": [0]}, "schedule", "0 noise levels are given, 1 to 100"),
+        ({"schedule": [10**400, 0.5]}, "schedule", "above 0 and at most 1"),
+        ({"schedule": [float("nan")]}, "schedule", "above 0 and at most 1"),
+        ({"schedule": "1,x"}, "schedule", "known are bfl"),
         ({"output_format": "gif"}, "output_format", "known are png, jpeg, webp"),
         ({"num_inference_steps": 0}, "num_inference_steps", "greater than or equal to 1"),
         ({"num_inference_steps": 101}, "num_inference_steps", "less than or equal to 100"),
@@ -88,3 +95,9 @@ def test_every_field_is_described() -> None:
     """Schema, command line and README show the description."""
     for name, field in GenerateRequest.model_fields.items():
         assert field.description, name
+
+
+def test_noise_levels_as_json_and_as_text() -> None:
+    """The last 0 may be there or not."""
+    for given in ([1, 0.65, 0.4], [1.0, 0.65, 0.4, 0.0], "1.0, 0.65,0.4", "1,0.65,0.4,0"):
+        assert parse({"prompt": "x", "schedule": given}).schedule == (1.0, 0.65, 0.4)

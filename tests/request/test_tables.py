@@ -14,12 +14,13 @@ PROMISED = {
     "edit": (28, 5.0, 1024, 1024, "bfl"),
     "edit_fast": (20, 5.0, 1024, 1024, "bfl"),
     "match_training_preview": (30, 4.0, 1024, 1024, "ai_toolkit"),
+    "turbo_lora": (8, 1.0, 1024, 1024, "bfl"),
 }
 
 
 def test_presets_keep_their_numbers() -> None:
-    """The first worker's presets, the one that matches training previews, and two for editing
-    with the numbers that fal and ComfyUI publish for base models."""
+    """The first worker's presets, the one that matches training previews, two for editing with the
+    numbers that fal and ComfyUI publish for base models, and the one for turbo LoRAs."""
     rows = {
         p.name: (p.num_inference_steps, p.guidance_scale, p.width, p.height, p.schedule)
         for p in PRESETS.values()

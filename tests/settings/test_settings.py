@@ -55,3 +55,18 @@ def test_secrets_never_show() -> None:
     assert settings.hf_token.value == "hf_secret"
     assert "hf_secret" not in repr(settings)
     assert "s3-value" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "loras"),
+    [
+        ("a.safetensors", [("a.safetensors", 1.0)]),
+        ("a.safetensors:0.5, o/r@v1:-1", [("a.safetensors", 0.5), ("o/r@v1", -1.0)]),
+        ("civitai:123", [("civitai:123", 1.0)]),
+        ("civitai:123:0.7,", [("civitai:123", 0.7)]),
+        ("https://x.example/a.safetensors", [("https://x.example/a.safetensors", 1.0)]),
+    ],
+)
+def test_base_loras(text: str, loras: list[tuple[str, float]]) -> None:
+    """Named as on the command line; a Civitai version is no scale."""
+    assert Settings.from_env({"KLEIN_BASE_LORAS": text}).base_loras == tuple(loras)

@@ -8,11 +8,15 @@ from contextlib import contextmanager
 import uvicorn
 from starlette.types import ASGIApp
 
+from klein.entrypoints.http.connections import BoundedProtocol
+
 
 @contextmanager
 def serve(app: ASGIApp) -> Iterator[str]:
     """The address at which `app` answers."""
-    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        app, port=0, http=BoundedProtocol, log_level="error", timeout_graceful_shutdown=1
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

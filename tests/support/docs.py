@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cards import CARDS
 from docs.plots import table as speed_table
 from klein import errors
 from klein.app.metrics import METRICS
@@ -25,6 +26,8 @@ from klein.entrypoints.http.openai import schema as openai
 from klein.errors import KleinError
 from klein.models import speed
 from klein.models.catalog import GB, MODELS
+from klein.models.machine import Device, Machine
+from klein.models.plan import place
 from klein.models.samplers import SAMPLERS
 from klein.models.schedule import SCHEDULES
 from klein.request.formats import FORMATS, RETURN_TYPES
@@ -152,9 +155,31 @@ def _named(title: str, rows: Iterable[tuple[str, str]]) -> str:
     return _table((f"`{title}`", "what it is"), ((f"`{name}`", doc) for name, doc in rows))
 
 
+PLACED = {"none": "resident", "model": "takes turns", "sequential": "layer by layer"}
+
+
+def _cards() -> str:
+    """Where base-9B goes on a card of the Ada generation or newer, by itself."""
+
+    def placed(free: float, float8: bool) -> str:
+        card = Device("cuda", "", int(free * GB), int(free * GB), (8, 9))
+        machine = Machine((card,), 64 * GB, 0)
+        spec, settings = MODELS["klein-base-9B"], Settings()
+        offload, why = place(settings, machine, spec, "cuda", float8=float8)
+        situation = speed.situation(offload, float8=float8)
+        made = speed.choose("auto", "cuda", (8, 9), situation, float8=float8)
+        needed = why.split(": ")[1].split(" needed")[0]
+        return f"`{made.tier.name}`, {PLACED[offload]}: {needed}"
+
+    return _table(
+        ("card", "from the bfloat16 folder", "with a float8 file"),
+        ((f"{size} GB", placed(free, False), placed(free, True)) for size, free in CARDS.items()),
+    )
+
+
 def _schedules() -> str:
     named = _named("schedule", ((name, doc) for name, (_, doc) in SCHEDULES.items()))
-    return f"{named}\n| a number | mu itself |"
+    return f"{named}\n| a number | mu itself |\n| a list of numbers | the noise levels themselves |"
 
 
 def _measured(side: int) -> dict[str, str]:
@@ -339,6 +364,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "schedules": _schedules,
     "samplers": lambda: _named("sampler", ((row.name, row.doc) for row in SAMPLERS.values())),
     "tiers": _tiers,
+    "cards": _cards,
     "options": _options,
     "settings": _settings,
     "errors": _errors,

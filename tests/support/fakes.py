@@ -126,14 +126,14 @@ class FakeLibrary(LoraLibrary):
             on_bytes(0, None)
         if spec.path.startswith("missing"):
             raise LoraError(f"LoRA {spec.path!r} is not there")
-        nowhere = Identity(0, 0, 0, 0)
+        nowhere = Identity(0, 0, 0, 0, 0)
         return LoraFile(
             Path(spec.path), spec.path, "ab" * 32, "ai-toolkit", 192, (), (), {}, nowhere
         )
 
 
 def generator(
-    pipeline: FakePipeline, *, library: LoraLibrary | None = None, **settings: str
+    pipeline: FakePipeline, library: LoraLibrary | None = None, /, **settings: str
 ) -> Generator:
     """A generator on a fake pipeline, loaded."""
     chosen = Settings.from_env(settings)
@@ -147,7 +147,7 @@ def result(
 ) -> GenerationResult:
     """What the fake makes of `params`: LoRAs called `missing…` are not applied."""
     steps = params.num_inference_steps
-    mu = schedule.mu_of(params.schedule, sizes.tokens(params.width, params.height), steps)
+    mu, sigmas = _levels(params)
     reports = tuple(_report(spec) for spec in params.loras)
     missing = tuple(f"DRAWN WITHOUT A LORA: {r.path}" for r in reports if not r.applied)
     return GenerationResult(
@@ -159,12 +159,20 @@ def result(
         ),
         loras=reports,
         mu=mu,
-        sigmas=tuple(schedule.sigmas(mu, steps)),
+        sigmas=sigmas,
         forwards=2 * steps * params.num_images,
         timings=Timings(total=0.5),
         warnings=(*warnings, *missing),
         model=INFO,
     )
+
+
+def _levels(params: GenerationParams) -> tuple[float | None, tuple[float, ...]]:
+    if isinstance(params.schedule, tuple):
+        return None, params.schedule
+    steps = params.num_inference_steps
+    mu = schedule.mu_of(params.schedule, sizes.tokens(params.width, params.height), steps)
+    return mu, tuple(schedule.sigmas(mu, steps))
 
 
 def _report(spec: LoraSpec) -> LoraReport:

@@ -14,15 +14,17 @@ def exit_code(code: ErrorCode) -> int:
             return CALLERS_FAULT
         case ErrorCode.UNAUTHORIZED | ErrorCode.FORBIDDEN | ErrorCode.REQUEST_TOO_LARGE:
             return CALLERS_FAULT
-        case ErrorCode.NOT_FOUND | ErrorCode.CONFLICT:
+        case ErrorCode.NOT_FOUND | ErrorCode.CONFLICT | ErrorCode.REFUSED_BY_FILTER:
             return CALLERS_FAULT
         case ErrorCode.MODEL_UNAVAILABLE | ErrorCode.INTERNAL | ErrorCode.OUTPUT_TOO_LARGE:
+            return BROKEN
+        case ErrorCode.DELIVERY_REFUSED:
             return BROKEN
         case ErrorCode.NOT_READY | ErrorCode.QUEUE_FULL | ErrorCode.DEADLINE_EXCEEDED:
             return TRY_AGAIN
         case ErrorCode.OUT_OF_MEMORY | ErrorCode.DELIVERY_FAILED | ErrorCode.IMAGE_UNAVAILABLE:
             return TRY_AGAIN
-        case ErrorCode.REQUEST_TOO_SLOW | ErrorCode.LORA_UNAVAILABLE:
+        case ErrorCode.REQUEST_TOO_SLOW | ErrorCode.LORA_UNAVAILABLE | ErrorCode.FILTER_FAILED:
             return TRY_AGAIN
         case ErrorCode.CANCELLED:
             return INTERRUPTED

@@ -5,15 +5,14 @@ import asyncio
 import base64
 import hashlib
 import json
+import logging
 import os
-import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from klein.app import build
-from klein.app.generator import Generated, Generator
+from klein import logs
 from klein.core import InputInfo, Progress
 from klein.entrypoints.cli.exit_codes import OK
 from klein.errors import InvalidRequest
@@ -23,6 +22,10 @@ from klein.request import images as inputs
 from klein.request.formats import FORMAT_ALIASES, FORMATS
 from klein.request.schema import GenerateRequest, parse
 from klein.settings import Settings
+from klein.sources.reference import SUFFIX
+
+if TYPE_CHECKING:
+    from klein.app.generator import Generated, Generator
 
 JSON_FIELDS = ("loras", "images", "extend")
 
@@ -60,8 +63,10 @@ def generate(args: argparse.Namespace) -> int:
     """Draw what the flags ask for and write the files."""
     request = _request(args)
     settings = Settings.from_env(os.environ)
+    from klein.app import build  # help needs none of it
+
     load = build.loader(settings, os.environ)
-    print(f"loading {settings.model_id}", file=sys.stderr)
+    logs.say(f"loading {settings.model_id}", logging.INFO)
     generator = build.generator(settings, load)
     try:
         generator.engine.wait_ready()
@@ -70,7 +75,7 @@ def generate(args: argparse.Namespace) -> int:
         generator.stop()
     _write(generated, args.output)
     for warning in generated.result.warnings:
-        print(f"note: {warning}", file=sys.stderr)
+        logs.say(f"note: {warning}", logging.WARNING)
     return OK
 
 
@@ -83,12 +88,21 @@ def read_bytes(path: Path) -> bytes:
 
 
 def parse_lora(text: str) -> dict[str, Any]:
-    """`PATH` or `PATH:SCALE` as a LoRA of a request."""
+    """`PATH` or `PATH:SCALE` as a LoRA of a request; raises InvalidRequest for another SCALE.
+
+    A colon inside an address or a file's name, or of `civitai:VERSION`, begins no scale.
+    """
     path, colon, scale = text.rpartition(":")
-    try:
-        return {"path": path, "scale": float(scale)} if colon else {"path": text}
-    except ValueError:
+    if not colon or path == "civitai" or "/" in scale or scale.endswith(SUFFIX):
         return {"path": text}
+    try:
+        return {"path": path, "scale": float(scale)}
+    except ValueError as error:
+        raise InvalidRequest(
+            f"lora: {scale!r} after {path!r} is no number: write --lora PATH:0.8, or PATH alone "
+            "for its own scale",
+            field="loras",
+        ) from error
 
 
 def _options(schema: dict[str, Any]) -> list[dict[str, Any]]:
@@ -177,9 +191,9 @@ def _compare(like: Path, recorded: dict[str, InputInfo], request: GenerateReques
     for field, info in recorded.items():
         source = pictures[field]
         if inputs.is_address(source):
-            print(f"note: {field} is an address, which was not compared", file=sys.stderr)
+            logs.say(f"note: {field} is an address, which was not compared", logging.WARNING)
         elif hashlib.sha256(inputs.from_text(source, field)).hexdigest() != info.sha256:
-            print(f"note: {field} is not the picture {like.name} was made of", file=sys.stderr)
+            logs.say(f"note: {field} is not the picture {like.name} was made of", logging.WARNING)
 
 
 def _describe(field: str, info: InputInfo) -> str:
@@ -200,12 +214,12 @@ def _format(output: Path, asked: str | None) -> str:
     return named
 
 
-def _run(generator: Generator, request: GenerateRequest) -> Generated:
+def _run(generator: "Generator", request: GenerateRequest) -> "Generated":
     params = generator.resolve(request).params
     skipped = schedule.first_step(params.num_inference_steps, params.strength)
     steps = (params.num_inference_steps - skipped) * params.num_images
-    print(f"drawing in {steps} steps", file=sys.stderr)
-    bar = tqdm(total=steps, unit="step", leave=False, disable=None)
+    logs.say(f"drawing in {steps} steps", logging.INFO)
+    bar = tqdm(total=steps, unit="step", leave=False, disable=logs.is_json() or None)
 
     def on_progress(progress: Progress) -> None:
         if progress.stage == "fetch":
@@ -218,8 +232,8 @@ def _run(generator: Generator, request: GenerateRequest) -> Generated:
         return asyncio.run(generator.run(request, generator.context(on_progress=on_progress)))
 
 
-def _write(generated: Generated, output: Path) -> None:
-    encoded = response.encode(generated.result, generated.delivery)
+def _write(generated: "Generated", output: Path) -> None:
+    encoded = response.encode(generated.result, generated.delivery, generated.marks)
     for image in encoded:
         name = output
         if len(encoded) > 1:

@@ -1,4 +1,4 @@
-"""`klein lora`: list, inspect, add, remove and convert LoRAs."""
+"""`klein lora`: list, inspect, add, remove, convert and extract LoRAs."""
 
 import argparse
 import json
@@ -8,10 +8,16 @@ from pathlib import Path
 
 from klein.app import build
 from klein.entrypoints.cli.exit_codes import OK
+from klein.errors import InvalidRequest, LoraError
 from klein.lora import file
+from klein.lora.file import LoraFile
 from klein.lora.library import LoraLibrary, describe
 from klein.lora.spec import LoraSpec
+from klein.models import checkpoint
 from klein.settings import Settings
+from klein.sources.reference import SUFFIX
+
+MAX_RANK = 512
 
 
 def list_loras(args: argparse.Namespace) -> int:
@@ -26,7 +32,7 @@ def list_loras(args: argparse.Namespace) -> int:
 
 def inspect(args: argparse.Namespace) -> int:
     """`lora inspect`: what a file is, as JSON."""
-    print(json.dumps(describe(file.inspect(args.file, args.file.name)), indent=2))
+    print(json.dumps(describe(_file(args.file)), indent=2))
     return OK
 
 
@@ -52,11 +58,43 @@ def remove(args: argparse.Namespace) -> int:
 
 def convert(args: argparse.Namespace) -> int:
     """`lora convert`: write any LoRA in diffusers' format."""
+    found = _file(args.file)
     from klein.inference.adapters.convert import convert
 
-    rank = convert(file.inspect(args.file, args.file.name), args.output)
+    rank = convert(found, args.output)
     print(f"{args.output}: diffusers, rank {rank}")
     return OK
+
+
+def extract(args: argparse.Namespace) -> int:
+    """`lora extract`: what makes a base model draw as another, as a LoRA."""
+    from klein.inference.adapters.extract import extract
+
+    if not 1 <= args.rank <= MAX_RANK:
+        raise InvalidRequest(f"rank: {args.rank} is not from 1 to {MAX_RANK}", field="rank")
+    if args.output.suffix != SUFFIX or not args.output.parent.is_dir():
+        raise InvalidRequest(f"output: name a {SUFFIX} file in a folder that is there")
+    made = extract(checkpoint.at(args.model), checkpoint.at(args.base), args.rank, args.output)
+    size = args.output.stat().st_size / 1e6
+    print(f"{args.output}: {made.layers} layers, rank {args.rank}, {size:.1f} MB")
+    print(
+        f"{made.kept:.2%} of the difference's energy is in it; of {made.least_kept_layer} "
+        f"{made.least_kept:.2%}, the least"
+    )
+    if made.norms_left_out:
+        print(f"{made.norms_left_out} norms differ too, which no LoRA can hold", file=sys.stderr)
+    print("It is derived from both models and stays under their licenses.", file=sys.stderr)
+    return OK
+
+
+def _file(path: Path) -> LoraFile:
+    """The LoRA at `path`; raises LoraError where there is no file."""
+    if not path.is_file():
+        raise LoraError(
+            f"{path} is no file here: give the path of a .safetensors file; `klein lora add` "
+            "fetches others, `klein lora list` names those at hand"
+        )
+    return file.inspect(path, path.name)
 
 
 def _print_bytes(have: int, total: int | None) -> None:

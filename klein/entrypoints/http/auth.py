@@ -47,7 +47,8 @@ def read_keys(settings: Settings) -> tuple[ApiKey, ...]:
         lines += [("KLEIN_API_KEYS_FILE", entry) for entry in entries]
     keys = tuple(_key(source, entry.strip()) for source, entry in lines if entry.strip())
     if (settings.api_keys or settings.api_keys_file) and not keys:
-        raise BadSetting("KLEIN_API_KEYS: there is no key in it", field="KLEIN_API_KEYS")
+        source = "KLEIN_API_KEYS" if settings.api_keys else "KLEIN_API_KEYS_FILE"
+        raise BadSetting(f"{source}: there is no key in it", field=source)
     if len({key.name for key in keys}) < len(keys):
         raise BadSetting("KLEIN_API_KEYS: two keys have the same name", field="KLEIN_API_KEYS")
     return keys

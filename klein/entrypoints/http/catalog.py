@@ -10,6 +10,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from klein import __version__
 from klein.app.generator import Generator
 from klein.engine.engine import State
+from klein.entrypoints.http.errors import described
 from klein.models import sizes
 from klein.models.catalog import MODELS
 from klein.models.samplers import SAMPLERS
@@ -21,7 +22,11 @@ from klein.request.schema import MAX_LORAS, GenerateRequest
 
 router = APIRouter(tags=["catalog"])
 
-
+PING: dict[int | str, dict[str, Any]] = {
+    204: {"description": "loading"},
+    413: described()[413],
+    503: {"description": "unhealthy, failed or stopped, as `status` says"},
+}
 SWAGGER: dict[str, Any] = {
     "swagger_js_url": "static_content/swagger-ui-bundle.js",
     "swagger_css_url": "static_content/swagger-ui.css",
@@ -30,13 +35,13 @@ SWAGGER: dict[str, Any] = {
 """BentoML's copy, served beside the app: no page of klein's loads code from elsewhere."""
 
 
-@router.get("/presets")
+@router.get("/presets", responses=described())
 async def presets() -> dict[str, Any]:
     """Named defaults for what a request leaves open."""
     return {"default": DEFAULT_PRESET, "presets": [asdict(row) for row in PRESETS.values()]}
 
 
-@router.get("/models")
+@router.get("/models", responses=described())
 async def models(request: Request) -> dict[str, Any]:
     """The models klein knows, and the one that is loaded."""
     ready = _ready(request)
@@ -44,7 +49,7 @@ async def models(request: Request) -> dict[str, Any]:
     return {"loaded": loaded, "models": [asdict(row) for row in MODELS.values()]}
 
 
-@router.get("/capabilities")
+@router.get("/capabilities", responses=described())
 async def capabilities(request: Request) -> dict[str, Any]:
     """Everything this server can do: tables, limits, the request's schema, queue and model."""
     generator, ready = _generator(request), _ready(request)
@@ -62,6 +67,8 @@ async def capabilities(request: Request) -> dict[str, Any]:
             "loras": MAX_LORAS,
         },
         "lora_uploads": generator.settings.lora_uploads if generator else None,
+        "marks": generator.marks.as_dict() if generator else None,
+        "filter": generator.filter.as_dict() if generator and generator.filter else None,
         "jobs": _jobs(generator) if generator else None,
         "request": GenerateRequest.model_json_schema(),
         "queue": asdict(generator.engine.stats()) if generator else None,
@@ -75,7 +82,7 @@ async def docs(request: Request) -> HTMLResponse:
     return get_swagger_ui_html(openapi_url="openapi.json", title="klein", **SWAGGER)
 
 
-@router.get("/ping")
+@router.get("/ping", responses=PING, openapi_extra={"security": [{}]})  # a key is not needed
 async def ping(request: Request) -> Response:
     """As RunPod's load balancer asks: 204 while loading, 200 when ready, 503 when broken."""
     generator = _generator(request)

@@ -12,14 +12,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from klein.errors import ErrorCode, InvalidRequest, KleinError
+from klein.errors import ErrorCode, InternalError, InvalidRequest, KleinError
 from klein.request.schema import invalid
 
 RETRY_SECONDS = 5.0
 """After which a caller may try again, where nothing better is known."""
 OPENAI_PATHS = "/v1/"
 """Routes that speak OpenAI's words, whose client repeats what fails unless it is told not to."""
-COSTLY = (ErrorCode.DEADLINE_EXCEEDED,)
+COSTLY = (ErrorCode.DEADLINE_EXCEEDED, ErrorCode.FILTER_FAILED)
 """What may succeed later, and would cost as much again if it did not."""
 
 
@@ -40,7 +40,7 @@ def http_status(code: ErrorCode) -> int:
             return 404
         case ErrorCode.CONFLICT:
             return 409
-        case ErrorCode.LORA_FAILED:
+        case ErrorCode.LORA_FAILED | ErrorCode.REFUSED_BY_FILTER:
             return 422
         case ErrorCode.QUEUE_FULL:
             return 429
@@ -48,9 +48,9 @@ def http_status(code: ErrorCode) -> int:
             return 499
         case ErrorCode.INTERNAL | ErrorCode.OUTPUT_TOO_LARGE:
             return 500
-        case ErrorCode.DELIVERY_FAILED | ErrorCode.IMAGE_UNAVAILABLE:
+        case ErrorCode.DELIVERY_FAILED | ErrorCode.DELIVERY_REFUSED | ErrorCode.IMAGE_UNAVAILABLE:
             return 502
-        case ErrorCode.LORA_UNAVAILABLE:
+        case ErrorCode.LORA_UNAVAILABLE | ErrorCode.FILTER_FAILED:
             return 503
         case ErrorCode.NOT_READY | ErrorCode.MODEL_UNAVAILABLE | ErrorCode.OUT_OF_MEMORY:
             return 503
@@ -135,20 +135,24 @@ class OpenAIErrorBody(BaseModel):
     error: OpenAIErrorDetail
 
 
-def _described(body: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+def described(*statuses: int, body: type[BaseModel] = ErrorBody) -> dict[int | str, dict[str, Any]]:
+    """The errors that a route answers with, for OpenAPI: `statuses`, and what every route can."""
     codes: dict[int, list[str]] = {}
     for code in ErrorCode:
         codes.setdefault(http_status(code), []).append(f"`{code}`")
     return {
-        status: {"model": body, "description": ", ".join(names)}
-        for status, names in sorted(codes.items())
+        status: {"model": body, "description": ", ".join(codes[status])}
+        for status in sorted({*ON_EVERY_ROUTE, *statuses})
     }
 
 
-ERRORS = _described(ErrorBody)
-"""Every status of an error, for OpenAPI."""
-OPENAI_ERRORS = _described(OpenAIErrorBody)
-"""The same of OpenAI's routes."""
+ON_EVERY_ROUTE = (401, 413, 503)
+"""Without a key, with headers that are too large, and while klein loads or shuts down."""
+DRAWING = (400, 408, 422, 429, 499, 500, 502, 503, 504)
+ERRORS = described(*DRAWING)
+"""Of the routes that draw."""
+OPENAI_ERRORS = described(404, *DRAWING, body=OpenAIErrorBody)
+"""Of OpenAI's routes that do."""
 
 
 def install(app: FastAPI) -> None:
@@ -157,7 +161,8 @@ def install(app: FastAPI) -> None:
     for kind, handler in (
         (KleinError, _on_klein_error),
         (RequestValidationError, _on_invalid),
-        (HTTPException, _on_http),
+        (HTTPException, on_http_exception),
+        (Exception, _on_bug),
     ):
         app.add_exception_handler(kind, cast("Any", handler))
 
@@ -169,6 +174,11 @@ async def _on_klein_error(request: Request, error: KleinError) -> Response:
     return error_response(error, id, generator.retry_after() if full else None)
 
 
+async def _on_bug(_: Request, __: Exception) -> Response:
+    """The server that runs the app logs it."""
+    return error_response(InternalError("klein failed: see its log"))
+
+
 async def _on_invalid(_: Request, error: RequestValidationError) -> Response:
     """The field without the part of the request that it is in."""
     errors = [{**row, "loc": row["loc"][1:]} for row in error.errors()]
@@ -177,13 +187,16 @@ async def _on_invalid(_: Request, error: RequestValidationError) -> Response:
     return error_response(invalid(errors))
 
 
-async def _on_http(_: Request, error: HTTPException) -> Response:
-    """Unknown paths and methods."""
+async def on_http_exception(_: Request, error: HTTPException) -> Response:
+    """What a framework refuses by itself: unknown paths and methods, forms it cannot read."""
+    codes = [code for code in ErrorCode if http_status(code) == error.status_code]
+    other = ErrorCode.INTERNAL if error.status_code >= 500 else ErrorCode.INVALID_REQUEST
+    code = codes[0] if codes else other
     detail = {
-        "code": {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http"),
+        "code": str(code),
         "message": str(error.detail),
         "field": None,
-        "retryable": False,
+        "retryable": code is ErrorCode.NOT_READY,
         "request_id": None,
     }
     return ErrorResponse(detail, error.status_code, error.headers)

@@ -18,10 +18,12 @@ HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
 class EventStream(EventSourceResponse):
-    """The events of `log` after the event `after`; `place` is held while the stream is open."""
+    """Events as they go over the wire; `place` is held while the stream is open."""
 
-    def __init__(self, log: EventLog, after: int, place: AbstractContextManager[None]) -> None:
-        super().__init__(_lines(log, after), headers=HEADERS)
+    def __init__(
+        self, lines: AsyncIterator[bytes], place: AbstractContextManager[None], **headers: str
+    ) -> None:
+        super().__init__(lines, headers=HEADERS | headers)
         self._place = place
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -30,7 +32,8 @@ class EventStream(EventSourceResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _lines(log: EventLog, after: int) -> AsyncIterator[bytes]:
+async def lines_after(log: EventLog, after: int) -> AsyncIterator[bytes]:
+    """The events of `log` after the event `after`, until its end."""
     async for event in log.follow(after, HEARTBEAT):
         yield KEEPALIVE_COMMENT if event is None else _line(event)
 

@@ -12,8 +12,9 @@ from starlette.responses import JSONResponse, Response
 
 from klein.app.generator import Generated, Generator
 from klein.core import RequestContext
+from klein.engine.engine import REFUSALS, State
 from klein.entrypoints.http.errors import ERRORS, error_response
-from klein.errors import Cancelled, InternalError, InvalidRequest, KleinError, QueueFull
+from klein.errors import Cancelled, InternalError, InvalidRequest, KleinError, NotReady, QueueFull
 from klein.output import response
 from klein.request.formats import FORMATS
 from klein.request.schema import GenerateRequest
@@ -54,7 +55,7 @@ async def answer_with_image(
     """The image itself, or an error."""
 
     def render(generated: Generated) -> Response:
-        (image,) = response.encode(generated.result, generated.delivery)
+        (image,) = response.encode(generated.result, generated.delivery, generated.marks)
         return Response(image.data, media_type=image.mime_type, headers=result_headers(generated))
 
     for field, only, instead in (("num_images", 1, "several"), ("return_type", "base64", "links")):
@@ -70,7 +71,9 @@ async def answer_with_json(
     """The JSON of a result, or an error."""
 
     def render(generated: Generated) -> Response:
-        body = response.to_json(generated.result, generated.delivery, generator.bucket)
+        body = response.to_json(
+            generated.result, generated.delivery, generated.marks, generator.bucket
+        )
         return JSONResponse(body, headers=result_headers(generated))
 
     return await _answer(generator, asked, request, render)
@@ -85,7 +88,7 @@ async def _answer(
     context = generator.context()
     try:
         generated = await run_while_connected(generator, asked, context, request)
-        return await asyncio.to_thread(render, generated)
+        return await generator.render(generated, render)
     except KleinError as error:
         full = isinstance(error, QueueFull)
         return error_response(error, context.id, generator.retry_after() if full else None)
@@ -97,7 +100,10 @@ async def _answer(
 async def run_while_connected(
     generator: Generator, asked: GenerateRequest, context: RequestContext, request: Request
 ) -> Generated:
-    """`generator.run`, cancelled when the caller of `request` hangs up; then raises Cancelled."""
+    """`generator.run`, cancelled when the caller of `request` hangs up; then raises Cancelled.
+
+    What the end of the server cancels can succeed elsewhere: NotReady.
+    """
     work = asyncio.create_task(generator.run(asked, context))
 
     async def watch() -> None:
@@ -114,14 +120,20 @@ async def run_while_connected(
         raise
     finally:
         watcher.cancel()
-    if work.cancelled():
-        raise Cancelled("the caller hung up")
-    return work.result()
+    try:
+        if work.cancelled():
+            raise Cancelled("the caller hung up")
+        return work.result()
+    except Cancelled as error:
+        if generator.engine.state is State.STOPPED:
+            raise NotReady(REFUSALS[State.STOPPED]) from error
+        raise
 
 
 def result_headers(generated: Generated) -> dict[str, str]:
     """What is worth knowing of a result without reading its body."""
     result = generated.result
+    unchanged = result.images[0].unchanged_pixels  # which the mask decides, not the seed
     values = {
         "x-klein-request-id": result.id,
         "x-klein-seed": str(result.params.seed),
@@ -130,5 +142,7 @@ def result_headers(generated: Generated) -> dict[str, str]:
         "x-klein-warnings": json.dumps(list(result.warnings)),
         "x-klein-loras": json.dumps([response.lora_json(report) for report in result.loras]),
     }
+    if unchanged is not None:
+        values["x-klein-unchanged-pixels"] = str(unchanged)
     too_long = json.dumps("too long for a header: ask /generate_json")
     return {k: v if len(v) <= HEADER_LIMIT else too_long for k, v in values.items()}

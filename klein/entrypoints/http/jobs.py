@@ -3,16 +3,16 @@
 import asyncio
 import contextlib
 import re
-from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, HttpUrl
 from starlette.responses import JSONResponse, Response
 
-from klein.app.job import WEBHOOK_EVENTS, Job, JobSpec, WebhookEvent
+from klein.app.job import WEBHOOK_EVENTS, Job, JobSpec, Status, WebhookEvent
 from klein.app.jobs import JobRegistry
-from klein.entrypoints.http.events import EventStream, last_event_id
+from klein.entrypoints.http.errors import ErrorDetail, described
+from klein.entrypoints.http.events import EventStream, last_event_id, lines_after
 from klein.errors import InvalidRequest, NotReady
 from klein.request.formats import FORMATS
 from klein.request.schema import GenerateRequest
@@ -23,7 +23,13 @@ MAX_WAIT = 60
 """Seconds of `Prefer: wait`, at most."""
 MAX_PAGE = 100
 MAX_IMAGES = 1000
-IMAGES: dict[str, dict[str, Any]] = {row.mime_type: {} for row in FORMATS.values()}
+IMAGES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {row.mime_type: {} for row in FORMATS.values()}}
+}
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}},
+    204: {"description": "There are no events after `Last-Event-ID`."},
+}
 
 JobId = Annotated[
     str, Path(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="letters, digits, `_` and `-`")
@@ -32,11 +38,6 @@ Prefer = Annotated[
     str | None,
     Header(max_length=200, description="`wait=N` waits up to N (1 to 60) seconds for the end"),
 ]
-
-
-def _answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What a route answers with beside its success, for the OpenAPI document."""
-    return {status: {"description": HTTPStatus(status).phrase} for status in statuses}
 
 
 class JobRequest(BaseModel):
@@ -51,22 +52,64 @@ class JobRequest(BaseModel):
     webhook_events_filter: tuple[WebhookEvent, ...] = Field(
         WEBHOOK_EVENTS, max_length=2, description="of what it is told"
     )
-    previews: bool = Field(True, description="whether small images are sent while it is drawn")
+    previews: bool = Field(
+        True, description="whether small images are sent while it is drawn; none with a filter"
+    )
 
 
-@router.post("/jobs", status_code=202, responses=_answers(200, 400, 429, 503))
+class JobAnswer(BaseModel):
+    """A job as it is told; times are ISO 8601 in UTC, addresses are paths of this server."""
+
+    id: str
+    status: Status
+    input: dict[str, Any] = Field(description="what was asked, without the bytes of images")
+    output: dict[str, Any] | None = Field(description="the answer of /generate_json")
+    data_removed: bool = Field(description="whether its images gave way to newer ones")
+    error: ErrorDetail | None
+    queue_position: int | None = Field(description="from 1, while it waits")
+    progress: dict[str, Any] | None
+    seconds_left: float | None
+    created_at: str
+    started_at: str | None
+    completed_at: str | None
+    metrics: dict[str, float]
+    webhook: dict[str, Any] | None
+    urls: dict[str, str]
+
+
+class JobPage(BaseModel):
+    """Some of a caller's jobs, and the path of the next ones."""
+
+    results: list[JobAnswer]
+    next: str | None
+
+
+ENDED: dict[int | str, dict[str, Any]] = {200: {"model": JobAnswer, "description": "It has ended."}}
+
+
+@router.post(
+    "/jobs",
+    status_code=202,
+    response_model=JobAnswer,
+    responses=ENDED | described(400, 408, 429, 503),
+)
 async def create_job(request: Request, body: JobRequest, prefer: Prefer = None) -> Response:
     """Start a job: 202, or 200 if it ended within `Prefer: wait=N` seconds."""
     return await _create(request, body, prefer, None)
 
 
-@router.put("/jobs/{id}", status_code=202, responses=_answers(200, 400, 409, 429, 503))
+@router.put(
+    "/jobs/{id}",
+    status_code=202,
+    response_model=JobAnswer,
+    responses=ENDED | described(400, 408, 409, 429, 503),
+)
 async def put_job(request: Request, id: JobId, body: JobRequest, prefer: Prefer = None) -> Response:
     """Start a job of your own id. The same body again is the same job, another one 409."""
     return await _create(request, body, prefer, id)
 
 
-@router.get("/jobs", responses=_answers(400, 503))
+@router.get("/jobs", response_model=JobPage, responses=described(400, 503))
 async def list_jobs(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 20,
@@ -78,13 +121,15 @@ async def list_jobs(
     return JSONResponse({"results": [job.as_dict() for job in jobs], "next": link})
 
 
-@router.get("/jobs/{id}", responses=_answers(400, 404, 503))
+@router.get("/jobs/{id}", response_model=JobAnswer, responses=described(400, 404, 503))
 async def get_job(request: Request, id: JobId) -> Response:
     """A job as it is now."""
     return await _answer(_registry(request).get(_caller(request), id))
 
 
-@router.post("/jobs/{id}/cancel", responses=_answers(400, 404, 409, 503))
+@router.post(
+    "/jobs/{id}/cancel", response_model=JobAnswer, responses=described(400, 404, 408, 409, 503)
+)
 async def cancel_job(request: Request, id: JobId) -> Response:
     """Stop a job within one step; 409 if it is over."""
     return await _answer(await _registry(request).cancel(_caller(request), id))
@@ -93,7 +138,7 @@ async def cancel_job(request: Request, id: JobId) -> Response:
 @router.get(
     "/jobs/{id}/events",
     response_class=Response,
-    responses={200: {"content": {"text/event-stream": {}}}, **_answers(204, 400, 404, 429, 503)},
+    responses=EVENTS | described(400, 404, 429, 503),
 )
 async def job_events(
     request: Request,
@@ -107,13 +152,13 @@ async def job_events(
     if job.over and not job.events.after(after):
         return Response(status_code=204)  # which ends a browser's attempts to come back
     registry.require_stream(owner)
-    return EventStream(job.events, after, registry.stream(owner))
+    return EventStream(lines_after(job.events, after), registry.stream(owner))
 
 
 @router.get(
     "/jobs/{id}/images/{n}",
     response_class=Response,
-    responses={200: {"content": IMAGES}, **_answers(400, 404, 503)},
+    responses=IMAGES | described(400, 404, 503),
 )
 async def job_image(
     request: Request, id: JobId, n: Annotated[int, Path(ge=0, le=MAX_IMAGES)]

@@ -1,6 +1,7 @@
 """What a request may weigh and how long it may take to arrive, checked before anything reads it."""
 
 import asyncio
+import contextlib
 import json
 import time
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ MB = 1_000_000
 JSON_BYTES = MB
 """Of a body on routes that take no pictures."""
 HEADER_BYTES = 32_000
+"""Of the address and all headers together."""
 JSON_PUNCTUATION = 20_000
 """Brackets and commas of a JSON body at most: a picture in base64 has none."""
 LENGTH_DIGITS = 18
@@ -24,7 +26,11 @@ BODY_SECONDS = 30.0
 """Without a byte of the body, and besides what its bytes need at BODY_RATE."""
 BODY_RATE = 50_000
 """Bytes a second that a body must keep up on average."""
-WITH_PICTURES = ("/generate", "/generate_json", "/jobs", "/v1/images/edits")
+JSON = "application/json"
+JSON_WITH_PICTURES = ("/generate", "/v1/images/generations")
+LINGER_SECONDS = 2.0
+"""For the rest of a body whose request is answered already."""
+WITH_PICTURES = ("/jobs/", "/v1/images/edits")
 UPLOADS = "/loras"
 
 
@@ -53,44 +59,50 @@ class LimitRequests:
             await self._app(scope, receive, send)
             return
         try:
-            rule = self._rule(scope["path"])
-            kind = _check_headers(scope, rule)
+            kind = _media_type(scope)
+            rule = self._rule(scope["path"], kind)
+            _check_head(scope, rule, kind)
             bounded = _Bounded(receive, rule.most)
-            if kind == "application/json":
-                body = await bounded.read()
-                await _check_json(body)
-                await self._app(scope, _Replay(body, receive), send)
+            if kind == JSON and scope["method"] in ("POST", "PUT", "PATCH"):
+                replay = _Replay(await _read_json(bounded), receive)
+                await self._app(scope, replay, send)
                 return
         except KleinError as error:
             await error_response(error)(scope, receive, send)
             return
         await bounded.run(self._app, scope, send)
 
-    def _rule(self, path: str) -> _Rule:
-        if path.startswith(UPLOADS):
+    def _rule(self, path: str, kind: str) -> _Rule:
+        if path.startswith(UPLOADS) and kind != JSON:
             return _Rule(MAX_BYTES)
-        if path.startswith(("/generate", "/generate_json", "/v1/images/generations")):
+        if path == "/jobs" or path.startswith(JSON_WITH_PICTURES):
             return _Rule(self._picture_bytes, json_only=True)
         return _Rule(self._picture_bytes if path.startswith(WITH_PICTURES) else JSON_BYTES)
 
 
-def _check_headers(scope: Scope, rule: _Rule) -> str:
-    """The body's media type, "" for a request without a body."""
-    size = sum(len(name) + len(value) for name, value in scope["headers"])
+def _media_type(scope: Scope) -> str:
+    """Of the body, in lower case; "" where none is named."""
+    return Headers(scope=scope).get("content-type", "").split(";")[0].strip().lower()
+
+
+def _check_head(scope: Scope, rule: _Rule, kind: str) -> None:
+    """Refuse what is too large or of the wrong kind before a byte of its body is read."""
+    size = len(scope["raw_path"]) + len(scope["query_string"])
+    size += sum(len(name) + len(value) for name, value in scope["headers"])
     if size > HEADER_BYTES:
-        raise RequestTooLarge(f"the headers have {size} bytes; {HEADER_BYTES} are the most")
-    headers = Headers(scope=scope)
-    length = headers.get("content-length", "").lstrip("0")
+        raise RequestTooLarge(
+            f"the address and the headers have {size} bytes; {HEADER_BYTES} are the most"
+        )
+    length = Headers(scope=scope).get("content-length", "").lstrip("0")
     if length.isdecimal() and (len(length) > LENGTH_DIGITS or int(length) > rule.most):
         raise RequestTooLarge(f"the body has more than {rule.most} bytes, the most here")
-    kind = headers.get("content-type", "").split(";")[0].strip().lower()
-    if rule.json_only and scope["method"] == "POST" and kind != "application/json":
+    if rule.json_only and scope["method"] == "POST" and kind != JSON:
         raise InvalidRequest("content-type: send application/json", field="content-type")
-    return kind if scope["method"] in ("POST", "PUT", "PATCH") else ""
 
 
-async def _check_json(body: bytes) -> None:
-    """Refuse what is not JSON, or has more structure than any request."""
+async def _read_json(bounded: "_Bounded") -> bytes:
+    """The body; refuses what is not JSON, or has more structure than any request."""
+    body = await bounded.read()
     punctuation = sum(body.count(sign) for sign in (b"{", b"[", b","))
     if punctuation > JSON_PUNCTUATION:
         raise RequestTooLarge(f"the JSON has {punctuation} parts; {JSON_PUNCTUATION} are the most")
@@ -99,6 +111,7 @@ async def _check_json(body: bytes) -> None:
     except (ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, json.JSONDecodeError) else "it cannot be read"
         raise InvalidRequest(f"the body is not JSON: {reason}") from error
+    return body
 
 
 class _Bounded:
@@ -161,6 +174,45 @@ class _Bounded:
                 raise
         if self._fault is not None and not started:
             await error_response(self._fault)(scope, receive, send)
+
+
+class ReadToTheEnd:
+    """ASGI middleware: an answer that comes before the end of its request's body ends after it.
+
+    A server that closes a connection while bytes are coming resets it, and the caller may never
+    see why it was refused.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let it through; what still comes after the answer is dropped for LINGER_SECONDS."""
+        done = scope["type"] != "http" or not _has_body(scope)
+
+        async def read() -> Message:
+            nonlocal done
+            message = await receive()
+            done = done or message["type"] != "http.request" or not message.get("more_body", False)
+            return message
+
+        async def answer(message: Message) -> None:
+            last = message["type"] == "http.response.body" and not message.get("more_body")
+            if last and not done:
+                await send({**message, "more_body": True})
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LINGER_SECONDS):
+                        while not done:
+                            await read()
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
+        await self._app(scope, read, answer)
+
+
+def _has_body(scope: Scope) -> bool:
+    headers = Headers(scope=scope)
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 class _Replay:

@@ -11,8 +11,9 @@ from typing import IO, Any, TypeVar
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from klein.entrypoints.http.errors import error_response
-from klein.errors import InvalidRequest, KleinError
+from klein.app.generator import Generator
+from klein.entrypoints.http.errors import described, error_response
+from klein.errors import InvalidRequest, KleinError, LoraUnavailable
 from klein.lora.library import LoraLibrary
 from klein.lora.spec import LoraSpec
 from klein.sources.fetch import MAX_BYTES
@@ -21,13 +22,48 @@ router = APIRouter(tags=["loras"])
 T = TypeVar("T")
 
 
-@router.get("/loras")
+FILE = {"type": "string", "format": "binary"}
+REFERENCE = {
+    "type": "object",
+    "required": ["path"],
+    "properties": {
+        name: {"type": "string"} for name in ("path", "name", "weight_name", "revision")
+    },
+    "additionalProperties": False,
+}
+UPLOAD = {
+    "parameters": [{"in": "query", "name": "name", "schema": {"type": "string"}}],
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/octet-stream": {"schema": FILE},
+            "multipart/form-data": {"schema": {"type": "object", "properties": {"file": FILE}}},
+            "application/json": {"schema": REFERENCE},
+        },
+    },
+}
+"""For OpenAPI."""
+
+
+@router.get("/loras", response_model=dict[str, Any], responses=described())
 async def list_loras(request: Request) -> Response:
-    """Every LoRA at hand, with what is known of it."""
-    return await _answer(_library(request).entries, lambda rows: {"loras": rows})
+    """Every LoRA at hand, with what is known of it; with several replicas, which drew what last."""
+    library = _library(request)
+    generator: Generator = request.app.state.generator
+    warm = generator.warm()
+    return await _answer(
+        request,
+        library.entries,
+        lambda rows: {"loras": rows} | ({} if warm is None else {"warm": warm}),
+    )
 
 
-@router.post("/loras")
+@router.post(
+    "/loras",
+    response_model=dict[str, Any],
+    openapi_extra=UPLOAD,
+    responses=described(400, 403, 408, 422),
+)
 async def add_lora(request: Request) -> Response:
     """Take a file as the body (`?name=x.safetensors`), as a form's `file`, or fetch the
     `{"path": …}` of a JSON body."""
@@ -37,24 +73,29 @@ async def add_lora(request: Request) -> Response:
         kind = request.headers.get("content-type", "").split(";")[0]
         if kind == "application/json":
             spec, name = _reference(await request.body())
-            return await _answer(partial(library.add_reference, spec, name), lambda row: row)
+            return await _answer(request, partial(library.add_reference, spec, name))
         async with _body(request, kind) as (file, name):
             if name is None:
                 raise InvalidRequest("name: add ?name=x.safetensors to the address", field="name")
             chunks = iter(partial(file.read, 1 << 20), b"")
-            return await _answer(partial(library.add, name, chunks), lambda row: row)
+            return await _answer(request, partial(library.add, name, chunks))
     except KleinError as error:
         return error_response(error)
+    except OSError as error:
+        return error_response(_disk(error))
 
 
-@router.delete("/loras/{name:path}")
+@router.delete(
+    "/loras/{name:path}", response_model=dict[str, str], responses=described(400, 403, 404, 422)
+)
 async def remove_lora(request: Request, name: str) -> Response:
     """Delete a LoRA of the folder."""
     try:
         _require_uploads(request)
     except KleinError as error:
         return error_response(error)
-    return await _answer(partial(_library(request).remove, name), lambda _: {"removed": name})
+    remove = partial(_library(request).remove, name)
+    return await _answer(request, remove, lambda _: {"removed": name})
 
 
 def _library(request: Request) -> LoraLibrary:
@@ -110,9 +151,20 @@ async def _body(request: Request, kind: str) -> AsyncIterator[tuple[IO[bytes], s
         yield file, name
 
 
-async def _answer(work: Callable[[], T], shape: Callable[[T], Any]) -> Response:
-    """Do `work`, which reads and writes files, beside the event loop."""
+async def _answer(
+    request: Request, work: Callable[[], T], shape: Callable[[T], Any] = lambda row: row
+) -> Response:
+    """Do `work`, which reads and writes files, beside the event loop; what changes them may take
+    as long as a job."""
+    generator: Generator = request.app.state.generator
+    seconds = None if request.method == "GET" else generator.settings.timeout
     try:
-        return JSONResponse(shape(await asyncio.to_thread(work)))
+        return JSONResponse(shape(await generator.lanes.files.run(work, seconds)))
     except KleinError as error:
         return error_response(error)
+    except OSError as error:
+        return error_response(_disk(error))
+
+
+def _disk(error: OSError) -> LoraUnavailable:
+    return LoraUnavailable(f"the server's disk is in the way: {error.strerror}")

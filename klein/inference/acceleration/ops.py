@@ -184,7 +184,7 @@ def linear(layer: torch.nn.Linear, x: Tensor | Rows) -> Tensor:
         if x.is_contiguous():
             return F.linear(x, layer.weight)
         return torch.bmm(x, layer.weight.t().expand(len(x), -1, -1))
-    weight, scale = _copy_of(layer)
+    weight, scale = float8_copy(layer)
     if x.values.is_cuda:
         out = torch._scaled_mm(
             x.values,
@@ -206,23 +206,42 @@ def is_quantised(layer: torch.nn.Module) -> bool:
 
 def acts_on(layer: torch.nn.Linear) -> torch.device:
     """Where the layer's products are made."""
-    return _copy_of(layer)[0].device if is_quantised(layer) else layer.weight.device
+    return float8_copy(layer)[0].device if is_quantised(layer) else layer.weight.device
 
 
-def _copy_of(layer: torch.nn.Linear) -> tuple[Tensor, Tensor]:
+def float8_copy(layer: torch.nn.Linear) -> tuple[Tensor, Tensor]:
     """The float8 copy (out, in) and its scales (1, out)."""
     return layer.get_buffer("float8"), layer.get_buffer("float8_scale")
 
 
+def use_float8_weight(layer: torch.nn.Linear, kind: torch.dtype) -> None:
+    """Let the layer act through its weight, which is float8 with its scales in `float8_scale`, and
+    answer in `kind`; it keeps no other weight but one without data."""
+    layer.register_buffer("float8", layer.weight.data, persistent=False)
+    shape = torch.empty(layer.weight.shape, dtype=kind, device="meta")
+    layer.weight = torch.nn.Parameter(shape, requires_grad=False)
+
+
+def is_float8_only(layer: torch.nn.Linear) -> bool:
+    """Whether the layer has no weight but the float8 one."""
+    return is_quantised(layer) and layer.weight.is_meta
+
+
 def quantise_weight(layer: torch.nn.Linear, weight: Tensor) -> None:
     """Let the layer act with `weight` (out, in) through a float8 copy; its own stays as it is."""
-    values, scale, _ = _quantised(weight[None].contiguous(), 0, len(weight))
+    values, scale = float8_rows(weight)
     if is_quantised(layer):
-        for kept, new in zip(_copy_of(layer), (values, scale.t()), strict=True):
+        for kept, new in zip(float8_copy(layer), (values, scale), strict=True):
             kept.copy_(new)
     else:
         layer.register_buffer("float8", values, persistent=False)
-        layer.register_buffer("float8_scale", scale.t().contiguous(), persistent=False)
+        layer.register_buffer("float8_scale", scale.contiguous(), persistent=False)
+
+
+def float8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (out, in) in float8, and the scales of its rows (1, out) float32."""
+    values, scale, _ = _quantised(weight[None].contiguous(), 0, len(weight))
+    return values, scale.t()
 
 
 def group_norm(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from klein.inference.acceleration.ops import (
+    FP8,
     Rows,
     is_quantised,
     join_heads,
@@ -21,6 +22,7 @@ from klein.inference.acceleration.ops import (
     rows,
     split_heads,
     swiglu,
+    use_float8_weight,
 )
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -37,12 +39,16 @@ def block_linears(model: Any) -> dict[str, torch.nn.Linear]:
 
 
 def quantise(model: Any, device: str) -> None:
-    """Let the block linears act on `device` through float8 copies of their weights.
+    """Let the block linears act on `device` through float8 copies of their weights, or through
+    their weights where those are float8 already.
 
     The weights themselves stay where they are; everything else of the model goes to `device`.
     """
     for layer in block_linears(model).values():
-        quantise_weight(layer, layer.weight.to(device))
+        if layer.weight.dtype == FP8:
+            use_float8_weight(layer, model.x_embedder.weight.dtype)
+        else:
+            quantise_weight(layer, layer.weight.to(device))
     for module in model.modules():
         if not is_quantised(module):
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):

@@ -6,27 +6,36 @@ off is a copy: bit for bit the model as loaded. Every format ends in a ΔW, so a
 same few lines.
 
 A layer that acts through a float8 copy keeps W₀ where it is: W is quantised into the copy instead.
+One that has no other weight than the float8 one keeps a copy of that: W₀ is what it stands for.
 """
 
+import logging
 import math
 import time
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from klein.core import LoraReport
-from klein.errors import LoraError
-from klein.inference.acceleration.ops import acts_on, is_quantised, quantise_weight
+from klein.errors import LoraError, LoraUnavailable
+from klein.inference.acceleration.ops import (
+    acts_on,
+    float8_copy,
+    is_float8_only,
+    is_quantised,
+    quantise_weight,
+)
+from klein.inference.adapters import factors
 from klein.inference.adapters.delta import delta, parts_of, strength_of
+from klein.inference.adapters.factors import FactorCache, Factors, free_bytes
 from klein.lora.file import LoraFile, Patch
 from klein.models.catalog import ModelSpec
 
-FACTOR_BYTES = 2 * 1024**3
-"""Of recently used LoRAs kept on the device, so that their second use reads no file."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +53,20 @@ class _Adapter:
 
     file: LoraFile
     scale: float
-    tensors: dict[str, Tensor]
+    tensors: Factors
 
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """What adapter number `adapter` adds to one linear: rows `rows` of a patch."""
+    """What the adapter of request number `request` adds to one linear: rows `rows` of a patch of
+    these `parts`, whose own `strength` is alpha / rank, times `scale`."""
 
-    adapter: int
+    request: int
     patch: Patch
+    parts: Factors
     rows: slice
+    scale: float
+    strength: float
 
 
 @dataclass(slots=True)
@@ -62,6 +75,20 @@ class _Tally:
 
     changes: list[Tensor] = field(default_factory=list)
     strengths: list[float] = field(default_factory=list)
+
+    @property
+    def mean_change(self) -> float:
+        """Over the layers, |scale · ΔW| / |W|."""
+        return torch.stack(self.changes).mean().item()
+
+
+class _CannotMerge(Exception):
+    """The adapter of request number `request` broke the merge, by `cause`."""
+
+    def __init__(self, request: int, cause: Exception) -> None:
+        super().__init__(request)
+        self.request = request
+        self.cause = cause
 
 
 class LoraMerger:
@@ -72,20 +99,36 @@ class LoraMerger:
         transformer: torch.nn.Module,
         spec: ModelSpec,
         originals: Mapping[str, Tensor] | None = None,
+        free: Callable[[torch.device], float] = free_bytes,
     ) -> None:
-        """`originals` are the weights as loaded, by parameter name, where somebody keeps them."""
+        """`originals` are the weights as loaded, by parameter name, where somebody keeps them;
+        `free` gives the bytes of memory to be had on a device."""
         self._spec = spec
-        self._linears = {
+        self._layers: dict[str, Any] = {
             name: module
             for name, module in transformer.named_modules()
-            if isinstance(module, torch.nn.Linear)
+            if isinstance(module, torch.nn.Linear) or getattr(module, "weight", None) is not None
         }
-        self._pristine = {name: originals[f"{name}.weight"] for name in self._linears if originals}
+        """Linears, and norms, whose weight is (n)."""
+        self._pristine = {
+            name: originals[f"{name}.weight"]
+            for name in self._layers
+            if originals and f"{name}.weight" in originals
+        }
+        self._rows = {
+            name: (originals[f"{name}.float8"], originals[f"{name}.float8_scale"])
+            for name in self._layers
+            if originals and name not in self._pristine
+        }
+        """float8 values and scales as loaded, of the layers that have nothing else."""
         self._norms: dict[str, Tensor] = {}
-        self._factors: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._factors = FactorCache(free)
         self._changed: set[str] = set()
         self._active: tuple[tuple[str, float], ...] | None = ()
         self._reports: list[LoraReport] = []
+        self.errors: list[LoraError] = []
+        """Why LoRAs of the last `apply` were left out."""
+        self.switches = 0
 
     def check(self, file: LoraFile | LoraError) -> LoraFile:
         """`file`, if every layer of it is a layer of this model; else raises LoraError."""
@@ -97,109 +140,138 @@ class LoraMerger:
                 f"{self._spec.name} (width {self._spec.hidden})"
             )
         for patch in file.patches:
-            rows = 0
-            for name in patch.modules:
-                linear = self._linears.get(name)
-                if linear is None or linear.in_features != patch.shape[1]:
-                    why = "missing there" if linear is None else "of another width"
-                    raise LoraError(
-                        f"LoRA {file.name!r} does not fit {self._spec.name}: its layer "
-                        f"{patch.layer!r} is {why}"
-                    )
-                rows += linear.out_features
-            if rows != patch.shape[0]:
+            if why := self._misfit(patch):
                 raise LoraError(
                     f"LoRA {file.name!r} does not fit {self._spec.name}: its layer "
-                    f"{patch.layer!r} has {patch.shape[0]} rows, the model's has {rows}"
+                    f"{patch.layer!r} {why}"
                 )
         return file
+
+    def _misfit(self, patch: Patch) -> str | None:
+        """Why a patch is for no layer of this model, or None."""
+        rows, columns = 0, 0
+        for name in patch.modules:
+            if name not in self._layers:
+                return "is missing there"
+            rows_here, columns = (*self._layers[name].weight.shape, 1)[:2]
+            if patch.shape[1] not in (0, columns) or (patch.kind == "oft" and columns % patch.rank):
+                return "is of another width"
+            rows += rows_here
+        if patch.target.leading:
+            rows = 3 * columns
+        if patch.shape[0] not in (0, rows):
+            return f"has {patch.shape[0]} rows, the model's has {rows}"
+        return None
 
     def has(self, requests: Sequence[AdapterRequest]) -> bool:
         """Whether exactly `requests` were applied last."""
         return self._active == _key(requests)
 
     @torch.no_grad()
-    def apply(self, requests: Sequence[AdapterRequest]) -> list[LoraReport]:
+    def apply(
+        self, requests: Sequence[AdapterRequest], *, last_try: bool = False
+    ) -> list[LoraReport]:
         """Make `requests` active and nothing else; the report of each says what it did.
 
-        One that has no file, does not fit or is not finite is left out, and its report has the
-        error. Whatever interrupts it, the next call starts from the pristine weights.
+        One that cannot be had, does not fit, is not finite or fails in any other way is left out:
+        `errors` says why. On the `last_try` running out of GPU memory is such a failure; before
+        that it is raised, for the caller to make room. Whatever interrupts it, the next call starts
+        from the pristine weights.
         """
         started = time.perf_counter()
         if not self.has(requests):
             self._active = None
-            self._reports = self._applied(requests)
-            self._active = _key(requests)
+            self._reports = self._applied(requests, last_try)
+            self.switches += 1
+            if not any(error.retryable for error in self.errors):
+                self._active = _key(requests)
         seconds = round(time.perf_counter() - started, 4)
         named = zip(self._reports, requests, strict=True)
         return [replace(report, path=one.path, seconds=seconds) for report, one in named]
 
-    def _applied(self, requests: Sequence[AdapterRequest]) -> list[LoraReport]:
-        reports: dict[int, LoraReport] = {}
+    def _applied(self, requests: Sequence[AdapterRequest], last_try: bool) -> list[LoraReport]:
         adapters: dict[int, _Adapter] = {}
+        errors: dict[int, LoraError] = {}
+        in_use = {one.file.sha256 for one in requests if isinstance(one.file, LoraFile)}
+        device = acts_on(next(iter(self._layers.values())))
         for number, one in enumerate(requests):
             try:
                 file = self.check(one.file)
-                adapters[number] = _Adapter(file, one.scale, self._read(file))
-            except LoraError as error:
-                reports[number] = _failed(one, str(error))
-        tallies = self._merge(list(adapters.values()))
-        for (number, adapter), tally in zip(list(adapters.items()), tallies, strict=True):
-            report = _report(requests[number].path, adapter, tally)
-            if not math.isfinite(report.relative_change or 0.0):
-                report = _failed(requests[number], _not_finite(adapter))
-                del adapters[number]
-            reports[number] = report
-        if len(adapters) < len(tallies):
-            self._merge(list(adapters.values()))
-        return [reports[number] for number in range(len(requests))]
+                tensors = self._factors.get(file, device, in_use)
+                factors.require_no_biases(file, tensors)
+                adapters[number] = _Adapter(file, one.scale, tensors)
+            except Exception as error:
+                errors[number] = _lora_error(error, one, last_try)
+        while True:  # until all that are left are merged
+            before = len(adapters)
+            try:
+                merged = self._merge(adapters)
+            except _CannotMerge as error:
+                del adapters[error.request]
+                errors[error.request] = _lora_error(error.cause, requests[error.request], last_try)
+                continue
+            for number in [n for n, one in merged.items() if not math.isfinite(one.mean_change)]:
+                errors[number] = _not_finite(adapters.pop(number))
+            if len(adapters) == before:
+                break
+        self.errors = [errors[number] for number in sorted(errors)]
+        return [
+            LoraReport(one.path, one.scale, applied=False, error=str(errors[number]))
+            if number in errors
+            else _report(one.path, adapters[number], merged[number], self._merged_into())
+            for number, one in enumerate(requests)
+        ]
 
-    def _merge(self, adapters: Sequence[_Adapter]) -> list[_Tally]:
-        """Put W₀ + Σ scale · ΔW of `adapters` in place of what is there."""
+    def _merge(self, adapters: Mapping[int, _Adapter]) -> dict[int, _Tally]:
+        """Put W₀ + Σ scale · ΔW of `adapters`, by their requests' numbers, in place of what is
+        there; raises _CannotMerge."""
         shares = self._shares(adapters)
-        tallies = [_Tally() for _ in adapters]
+        tallies = {number: _Tally() for number in adapters}
         for name in sorted(self._changed | shares.keys()):
             self._changed.add(name)
-            changes = self._merge_layer(name, shares.get(name, []), adapters)
-            for share, change in zip(shares.get(name, []), changes, strict=True):
-                tally, tensors = tallies[share.adapter], adapters[share.adapter].tensors
-                tally.changes.append(change / self._norms[name])
-                tally.strengths.append(strength_of(share.patch, parts_of(share.patch, tensors)))
+            here = shares.get(name, [])
+            for share, change in zip(here, self._merge_layer(name, here), strict=True):
+                tallies[share.request].changes.append(change / self._norms[name])
+                tallies[share.request].strengths.append(share.strength)
         self._changed = set(shares)
         return tallies
 
-    def _merge_layer(
-        self, name: str, shares: Sequence[_Share], adapters: Sequence[_Adapter]
-    ) -> list[Tensor]:
+    def _merge_layer(self, name: str, shares: Sequence[_Share]) -> list[Tensor]:
         """Write one layer's weight; returns |scale · ΔW| of each share."""
-        original, layer = self._original(name), self._linears[name]
+        layer = self._layers[name]
+        if is_float8_only(layer) and not shares:
+            for kept, original in zip(float8_copy(layer), self._rows[name], strict=True):
+                kept.copy_(original)
+            return []
+        original = self._original(name)
         target = torch.empty_like(original) if is_quantised(layer) else layer.weight
-        scales = [adapters[share.adapter].scale for share in shares]
-        parts = [parts_of(share.patch, adapters[share.adapter].tensors) for share in shares]
-        if len(shares) == 1 and _is_plain(shares[0].patch, parts[0], target):
-            up, down = parts[0]["up"][shares[0].rows], parts[0]["down"]
-            by = scales[0] * strength_of(shares[0].patch, parts[0])
-            torch.addmm(original, up, down, alpha=by, out=target)
-            changes = [abs(by) * _product_norm(up, down)]
+        if len(shares) == 1 and _is_plain(shares[0], target):
+            changes = [_put(shares[0], original, target)]
         else:
-            deltas = [
-                scale * delta(share.patch, part, original.float(), share.rows)
-                for share, scale, part in zip(shares, scales, parts, strict=True)
-            ]
-            target.copy_(sum(deltas, original.float()) if deltas else original)
-            changes = [change.norm() for change in deltas]
+            total, changes = original, []
+            for share in shares:
+                with _blaming(share.request):
+                    whole = original.float()
+                    change = share.scale * delta(share.patch, share.parts, whole, share.rows)
+                    total = total + change
+                    changes.append(change.norm())
+            target.copy_(total)
         if is_quantised(layer):
             quantise_weight(layer, target)
         return changes
 
-    def _shares(self, adapters: Sequence[_Adapter]) -> dict[str, list[_Share]]:
+    def _shares(self, adapters: Mapping[int, _Adapter]) -> dict[str, list[_Share]]:
         shares: dict[str, list[_Share]] = {}
-        for number, one in enumerate(adapters):
+        for number, one in adapters.items():
             for patch in one.file.patches:
+                with _blaming(number):
+                    parts = parts_of(patch, one.tensors)
+                    strength = strength_of(patch, parts)
                 start = 0
                 for name in patch.modules:
-                    rows = slice(start, start + self._linears[name].out_features)
-                    shares.setdefault(name, []).append(_Share(number, patch, rows))
+                    rows = slice(start, start + len(self._layers[name].weight))
+                    share = _Share(number, patch, parts, rows, one.scale, strength)
+                    shares.setdefault(name, []).append(share)
                     start = rows.stop
         return shares
 
@@ -208,8 +280,8 @@ class LoraMerger:
 
         The copies stay on the GPU if they fit there beside a picture, else in main memory.
         """
-        layer = self._linears[name]
-        weight = layer.weight
+        layer = self._layers[name]
+        weight = self._dequantised(name) if is_float8_only(layer) else layer.weight
         if is_quantised(layer):
             weight = weight.to(acts_on(layer))
         if name not in self._norms:
@@ -222,41 +294,53 @@ class LoraMerger:
             self._pristine[name] = copy if self._room_for_copies(weight) else copy.cpu()
         return self._pristine[name].to(weight.device, non_blocking=True)
 
+    def _dequantised(self, name: str) -> Tensor:
+        """W₀ in float32 of a layer that has only a float8 weight, which is copied first."""
+        rows = float8_copy(self._layers[name])
+        if name not in self._rows:
+            at_hand = self._room_for_copies(rows[0])
+            values, scale = (x.clone() if at_hand else x.cpu() for x in rows)
+            self._rows[name] = values, scale
+        values, scale = (x.to(rows[0].device) for x in self._rows[name])
+        return values.float() * scale.t()
+
     def forget(self) -> None:
         """The transformer's weights are those loaded again: somebody put them back."""
         self._active, self._reports, self._changed = (), [], set()
+        self.errors = []
 
     def spare_bytes(self) -> int:
         """GPU memory that `release` would give back."""
-        return self._held() + sum(w.nbytes for w in self._pristine.values() if w.is_cuda)
+        return self._factors.nbytes() + sum(copy.nbytes for copy in self._copies() if copy.is_cuda)
 
     def release(self) -> None:
         """Give back the GPU memory that only makes switching quicker."""
         self._factors.clear()
         self._pristine = {name: copy.cpu() for name, copy in self._pristine.items()}
+        self._rows = {name: (a.cpu(), b.cpu()) for name, (a, b) in self._rows.items()}
+
+    def _copies(self) -> list[Tensor]:
+        return [*self._pristine.values(), *(x for rows in self._rows.values() for x in rows)]
 
     def _room_for_copies(self, weight: Tensor) -> bool:
         if not weight.is_cuda:
             return True
         spare = 6 * 1024**3
-        held = sum(w.nbytes for w in self._pristine.values() if w.is_cuda)
-        copied = [layer for layer in self._linears.values() if not is_quantised(layer)]
-        wanted = sum(layer.weight.nbytes for layer in copied)
+        held = sum(copy.nbytes for copy in self._copies() if copy.is_cuda)
+        wanted: int = sum(
+            layer.weight.nbytes if not is_quantised(layer) else layer.weight.numel()
+            for layer in self._layers.values()
+            if not is_quantised(layer) or is_float8_only(layer)
+        )
         return torch.cuda.mem_get_info()[0] > wanted - held + spare
 
-    def _read(self, file: LoraFile) -> dict[str, Tensor]:
-        """The file's tensors on the device, kept for its next use."""
-        if file.sha256 not in self._factors:
-            device = acts_on(next(iter(self._linears.values())))
-            self._factors[file.sha256] = load_file(file.path, device=str(device))
-        self._factors.move_to_end(file.sha256)
-        while len(self._factors) > 1 and self._held() > FACTOR_BYTES:
-            self._factors.popitem(last=False)
-        return self._factors[file.sha256]
-
-    def _held(self) -> int:
-        """Bytes of factors on the GPU, or where there is none in main memory."""
-        return sum(t.nbytes for tensors in self._factors.values() for t in tensors.values())
+    def _merged_into(self) -> str:
+        """What W₀ is, in words for a report."""
+        layers = self._layers.values()
+        if any(map(is_float8_only, layers)):
+            return "float8"
+        dtype: torch.dtype = next(iter(layers)).weight.dtype
+        return str(dtype).removeprefix("torch.")
 
 
 def _key(requests: Sequence[AdapterRequest]) -> tuple[tuple[str, float], ...]:
@@ -266,13 +350,30 @@ def _key(requests: Sequence[AdapterRequest]) -> tuple[tuple[str, float], ...]:
     )
 
 
-def _is_plain(patch: Patch, parts: Mapping[str, Tensor], target: Tensor) -> bool:
+def _is_plain(share: _Share, target: Tensor) -> bool:
     """Whether one matrix product with float32 sums gives the rounded result at once."""
-    return (
-        patch.kind == "lora"
-        and not patch.swapped_halves
-        and parts["up"].dtype == parts["down"].dtype == target.dtype
-    )
+    layer = share.patch.target
+    if share.patch.kind != "lora" or layer.swapped_halves or layer.leading or target.ndim != 2:
+        return False
+    return share.parts["up"].dtype == share.parts["down"].dtype == target.dtype
+
+
+@contextmanager
+def _blaming(request: int) -> Iterator[None]:
+    """What breaks inside is the fault of the LoRA of request number `request`."""
+    try:
+        yield
+    except Exception as error:
+        raise _CannotMerge(request, error) from error
+
+
+def _put(share: _Share, original: Tensor, target: Tensor) -> Tensor:
+    """Write W₀ + scale · ΔW of a plain LoRA; returns |scale · ΔW|."""
+    with _blaming(share.request):
+        up, down = share.parts["up"][share.rows], share.parts["down"]
+        by = share.scale * share.strength
+        torch.addmm(original, up, down, alpha=by, out=target)
+        return abs(by) * _product_norm(up, down)
 
 
 def _product_norm(up: Tensor, down: Tensor) -> Tensor:
@@ -281,7 +382,7 @@ def _product_norm(up: Tensor, down: Tensor) -> Tensor:
     return ((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt()
 
 
-def _report(path: str, adapter: _Adapter, tally: _Tally) -> LoraReport:
+def _report(path: str, adapter: _Adapter, tally: _Tally, merged_into: str) -> LoraReport:
     layers = len(adapter.file.patches)
     mean = sum(tally.strengths) / len(tally.strengths)
     return LoraReport(
@@ -294,18 +395,34 @@ def _report(path: str, adapter: _Adapter, tally: _Tally) -> LoraReport:
         layers_matched=layers,
         layers_in_file=layers,
         effective_scale=round(adapter.scale * mean, 6),
-        relative_change=round(torch.stack(tally.changes).mean().item(), 8),
+        relative_change=round(tally.mean_change, 8),
         trigger_words=adapter.file.trigger_words,
+        merged_into=merged_into,
     )
 
 
-def _failed(request: AdapterRequest, error: str) -> LoraReport:
-    return LoraReport(request.path, request.scale, applied=False, error=error)
+def _lora_error(error: Exception, request: AdapterRequest, last_try: bool) -> LoraError:
+    """What to say of a LoRA that failed by `error`; a new one, since a traceback would keep the
+    tensors of its frames. Raises `error` where memory ran out and it was not the last try."""
+    if isinstance(error, LoraError):
+        return type(error)(str(error), field=error.field)
+    if isinstance(error, torch.OutOfMemoryError):
+        if not last_try:
+            raise error
+        return LoraUnavailable(
+            f"LoRA {request.path!r} did not fit into GPU memory, twice: use fewer LoRAs at once, "
+            "one of a lower rank, or start klein with KLEIN_OFFLOAD=model"
+        )
+    log.error("LoRA %s failed", request.path, exc_info=error)
+    return LoraError(
+        f"LoRA {request.path!r} could not be applied, by a fault of klein ({type(error).__name__})"
+    )
 
 
-def _not_finite(adapter: _Adapter) -> str:
+def _not_finite(adapter: _Adapter) -> LoraError:
     """Which numbers of a LoRA are not finite, in words."""
-    for name, tensor in adapter.tensors.items():
-        if not tensor.isfinite().all():
-            return f"LoRA {adapter.file.name!r} is damaged: {name[:90]!r} has NaN or infinity in it"
-    return f"LoRA {adapter.file.name!r} cannot be applied: its weight changes are not finite"
+    name = adapter.file.name
+    for tensor, values in adapter.tensors.items():
+        if not values.isfinite().all():
+            return LoraError(f"LoRA {name!r} is damaged: {tensor[:90]!r} has NaN or infinity in it")
+    return LoraError(f"LoRA {name!r} cannot be applied: its weight changes are not finite")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from klein.inference.loading import single_file
 from klein.inference.loading.reader import Device, TensorFilter, Weights, exact, read
 from klein.models.catalog import GB
 from klein.models.plan import Plan
@@ -24,20 +25,19 @@ OUT_LAYERS = (9, 18, 27)
 """Hidden states of the text encoder that FLUX.2-klein reads; what comes after them is not."""
 
 
-def _read_and_log(
-    folder: Path, device: Device, dtype: torch.dtype, wanted: TensorFilter
-) -> dict[str, Tensor]:
-    """As `read`; the log gets its size and seconds."""
+def _logged(part: str, reader: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `reader` reads; the log gets its size and seconds."""
     started = time.perf_counter()
-    tensors = read(folder, device, dtype, wanted)
+    tensors = reader()
     size = sum(tensor.nbytes for tensor in tensors.values())
     if size > GB:
         seconds = time.perf_counter() - started
-        log.info("%s: %.1f GB read in %.1f s", folder.name, size / GB, seconds)
+        log.info("%s: %.1f GB read in %.1f s", part, size / GB, seconds)
     return tensors
 
 
-def _everything(_: str) -> bool:
+def everything(_: str) -> bool:
+    """Every tensor."""
     return True
 
 
@@ -54,27 +54,40 @@ def start_reading(plan: Plan, dtype: torch.dtype | None = None) -> dict[str, Wei
     """
     folder, dtype = Path(plan.source), dtype or dtype_on(plan.device)
     one = ThreadPoolExecutor(1, thread_name_prefix="klein-weights")
-    parts = (
-        ("text_encoder", plan.read_to, layers_below(OUT_LAYERS[-1])),
-        ("vae", plan.read_to, _everything),
-        ("transformer", plan.transformer_to, _everything),
-    )
-    pending = {
-        name: one.submit(_read_and_log, folder / name, exact(where), dtype, wanted)
-        for name, where, wanted in parts
+    to, transformer_to = exact(plan.read_to), exact(plan.transformer_to)
+    encoder = layers_below(OUT_LAYERS[-1])
+    readers: dict[str, Callable[[], dict[str, Tensor]]] = {
+        "text_encoder": partial(read, folder / "text_encoder", to, dtype, encoder),
+        "vae": partial(read, folder / "vae", to, dtype, everything),
+        "transformer": partial(read, folder / "transformer", transformer_to, dtype, everything),
     }
+    if plan.checkpoint:
+        readers["transformer"] = partial(
+            single_file.read,
+            plan.checkpoint,
+            transformer_to,
+            dtype,
+            keep_float8=plan.keeps_float8,
+        )
+    pending = {name: one.submit(_logged, name, reader) for name, reader in readers.items()}
     one.shutdown(wait=False)
     return pending
 
 
 def transformer(
-    folder: Path, device: Device, dtype: torch.dtype, weights: Weights | None = None
+    folder: Path,
+    device: Device,
+    dtype: torch.dtype,
+    weights: Weights | None = None,
+    *,
+    recognised: bool = False,
 ) -> Any:
     """The Flux2Transformer2DModel in `folder` on `device`, for inference; raises as `_load`.
 
-    `weights` are those that `start_reading` reads already; here as below.
+    `weights` are those that `start_reading` reads already; here as below. `recognised` says that
+    they are a checkpoint's, whatever the configuration says of the folder's own.
     """
-    build = partial(_empty_diffusers, "Flux2Transformer2DModel", folder)
+    build = partial(_empty_diffusers, "Flux2Transformer2DModel", folder, recognised)
     return _load(folder, device, dtype, build, weights=weights)
 
 
@@ -110,7 +123,7 @@ def _load(
     device: Device,
     dtype: torch.dtype,
     build: Callable[[], Any],
-    wanted: TensorFilter = _everything,
+    wanted: TensorFilter = everything,
     weights: Weights | None = None,
 ) -> Any:
     """The model that `build` makes without weights, with them; it is built while they are read.
@@ -122,7 +135,11 @@ def _load(
     with ThreadPoolExecutor(1, thread_name_prefix="klein-weights") as background:
         weights = weights or background.submit(read, folder, device, dtype, wanted)
         model = build()
-        missing, _ = model.load_state_dict(weights.result(), strict=False, assign=True)
+        tensors = weights.result()
+        for name in [name for name in tensors if name.endswith(single_file.SCALE)]:
+            layer = model.get_submodule(name.removesuffix(f".{single_file.SCALE}"))
+            layer.register_buffer(single_file.SCALE, tensors.pop(name), persistent=False)
+        missing, _ = model.load_state_dict(tensors, strict=False, assign=True)
     if missing:
         raise ValueError(
             f"the weights in {folder.name} lack {len(missing)} tensors, {', '.join(missing[:3])} "
@@ -131,13 +148,13 @@ def _load(
     return model.to(device).requires_grad_(False).eval()
 
 
-def _empty_diffusers(kind: str, folder: Path) -> Any:
+def _empty_diffusers(kind: str, folder: Path, recognised: bool = False) -> Any:
     """A model of diffusers as config.json says, its parameters on the meta device."""
     import diffusers
 
     made = getattr(diffusers, kind)
-    config = made.load_config(folder)
-    if config.get("quantization_config"):
+    config = dict(made.load_config(folder))
+    if config.pop("quantization_config", None) and not recognised:
         raise _quantised(kind)
     with _without_weights():
         return made.from_config(config)

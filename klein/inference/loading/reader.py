@@ -67,20 +67,31 @@ def read(
     """
     device = exact(device)
     tensors: dict[str, Tensor] = {}
+
+    def place(entry: Entry) -> Sequence[Tensor]:
+        if not wanted(entry.name):
+            return ()
+        stored = DTYPES[entry.dtype]
+        kind = dtype if stored.is_floating_point else stored
+        tensors[entry.name] = torch.empty(entry.shape, dtype=kind, device=device)
+        return (tensors[entry.name],)
+
+    fill(_files(source, wanted), device, place)
+    return tensors
+
+
+def fill(files: Sequence[Path], device: Device, place: Callable[[Entry], Sequence[Tensor]]) -> None:
+    """Read every tensor of `files` that `place` gives somewhere to go: contiguous tensors on
+    `device`, which its elements fill one after another. Raises as `read`."""
     chunks: list[Chunk] = []
     with ExitStack() as opened:
-        for path in _files(source, wanted):
+        for path in files:
             file = opened.enter_context(path.open("rb"))
             if hasattr(os, "posix_fadvise"):  # not on macOS
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            entries = [entry for entry in _header(file, path) if wanted(entry.name)]
-            for entry in entries:
-                stored = DTYPES[entry.dtype]
-                kind = dtype if stored.is_floating_point else stored
-                tensors[entry.name] = torch.empty(entry.shape, dtype=kind, device=device)
-            chunks += _chunks(file.fileno(), path, entries, tensors)
-        mover(device)(chunks)
-    return tensors
+            placed = [(entry, place(entry)) for entry in _header(file, path)]
+            chunks += chunks_of(file.fileno(), path, placed)
+        mover(exact(device))(chunks)
 
 
 def mover(device: torch.device) -> "Callable[[list[Chunk]], None]":
@@ -194,23 +205,22 @@ class Chunk:
                 views[0] = views[0][got:]
 
 
-def _chunks(
-    fd: int, path: Path, entries: Iterable[Entry], tensors: dict[str, Tensor]
-) -> list[Chunk]:
-    """`entries`, in file order, in chunks of up to CHUNK_BYTES; none is cut within an element."""
+def chunks_of(fd: int, path: Path, placed: Iterable[tuple[Entry, Sequence[Tensor]]]) -> list[Chunk]:
+    """Entries in file order with where they go, in chunks of up to CHUNK_BYTES; none is cut within
+    an element."""
     chunks: list[Chunk] = []
-    for entry in entries:
-        flat = tensors[entry.name].view(-1)
+    for entry, targets in placed:
         dtype = DTYPES[entry.dtype]
-        item = dtype.itemsize
-        done = 0
-        while done < flat.numel():
-            offset = entry.begin + done * item
-            if not chunks or not chunks[-1].takes(offset, item):
-                chunks.append(Chunk(fd, path, offset))
-            count = min(flat.numel() - done, (CHUNK_BYTES - chunks[-1].size) // item)
-            chunks[-1].add(Piece(flat[done : done + count], dtype))
-            done += count
+        item, offset = dtype.itemsize, entry.begin
+        for flat in (target.view(-1) for target in targets):
+            done = 0
+            while done < flat.numel():
+                if not chunks or not chunks[-1].takes(offset, item):
+                    chunks.append(Chunk(fd, path, offset))
+                count = min(flat.numel() - done, (CHUNK_BYTES - chunks[-1].size) // item)
+                chunks[-1].add(Piece(flat[done : done + count], dtype))
+                done += count
+                offset += count * item
     return chunks
 
 

@@ -12,6 +12,7 @@ from klein.entrypoints.http.openai.schema import Asked, quality_of
 from klein.models import sizes
 from klein.output import images, response
 from klein.output.delivery import Bucket
+from klein.output.marks import Marks
 from klein.request.formats import FORMATS
 
 STARTED = int(time.time())
@@ -56,11 +57,13 @@ def completed_events(asked: Asked, generated: Generated, kind: Kind) -> list[dic
     ]
 
 
-def partial_event(asked: Asked, preview: Preview, index: int, kind: Kind) -> dict[str, Any]:
+def partial_event(
+    asked: Asked, preview: Preview, index: int, kind: Kind, marks: Marks
+) -> dict[str, Any]:
     """A preview as partial image `index` (from 0) of its image."""
     request, picture = asked.request, preview.picture
     fmt = FORMATS[request.output_format]
-    data = images.encode(picture, fmt, request.output_quality, "")
+    data = images.encode(picture, fmt, request.output_quality, "", marks.xmp(request))
     return {
         "type": f"{kind}.partial_image",
         "b64_json": base64.b64encode(data).decode(),
@@ -115,7 +118,7 @@ def _told(
     """klein's answer without its images, and these as OpenAI's objects."""
     warnings = (*asked.warnings, *generated.result.warnings)
     result = replace(generated.result, warnings=warnings)
-    told = response.to_json(result, generated.delivery, bucket)
+    told = response.to_json(result, generated.delivery, generated.marks, bucket)
     entries = told.pop("images")
     for entry in entries:
         if "base64" in entry:

@@ -1,18 +1,16 @@
 """`/v1`: images and models as OpenAI's clients ask for them."""
 
-import asyncio
 import logging
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.sse import EventSourceResponse
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from klein.app.generator import Generator
+from klein.app.generator import Generated, Generator
 from klein.core import ModelInfo, new_id
-from klein.entrypoints.http.errors import OPENAI_ERRORS
-from klein.entrypoints.http.events import HEADERS
+from klein.entrypoints.http.errors import OPENAI_ERRORS, OpenAIErrorBody, described
+from klein.entrypoints.http.events import EventStream
 from klein.entrypoints.http.generate import result_headers, run_while_connected
 from klein.entrypoints.http.openai.answers import Kind, images_json, model_json, model_names
 from klein.entrypoints.http.openai.form import FILES, FILLED_IN, read_edit
@@ -74,14 +72,14 @@ async def vary_images() -> None:
     raise NotFound("variations are not made here: send the image to /v1/images/edits")
 
 
-@router.get("/models", responses=OPENAI_ERRORS)
+@router.get("/models", responses=described(503, body=OpenAIErrorBody))
 async def list_models(request: Request) -> dict[str, Any]:
     """The loaded model as OpenAI's list."""
     info = _generator(request).engine.pipeline.info
     return {"object": "list", "data": [model_json(info)]}
 
 
-@router.get("/models/{id:path}", responses=OPENAI_ERRORS)
+@router.get("/models/{id:path}", responses=described(404, 503, body=OpenAIErrorBody))
 async def get_model(request: Request, id: str) -> dict[str, Any]:
     """The loaded model, by its id or name."""
     info = _generator(request).engine.pipeline.info
@@ -112,11 +110,11 @@ async def _answer(
             generator, asked.request, generator.context(id), request
         )
 
-    def render() -> Response:
+    def render(generated: Generated) -> Response:
         headers = {**result_headers(generated), "x-request-id": id}
         return JSONResponse(images_json(asked, generated, generator.bucket), headers=headers)
 
-    return await asyncio.to_thread(render)
+    return await generator.render(generated, render)
 
 
 async def _stream(
@@ -124,7 +122,7 @@ async def _stream(
 ) -> Response:
     drawing = Drawing(generator, asked, request, id)
     await drawing.first_news()
-    return EventSourceResponse(drawing.lines(kind), headers={**HEADERS, "x-request-id": id})
+    return EventStream(drawing.lines(kind), generator.streaming(), **{"x-request-id": id})
 
 
 def _generator(request: Request) -> Generator:

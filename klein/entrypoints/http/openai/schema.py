@@ -33,7 +33,7 @@ RETURN_TYPES = {"b64_json": "base64", "url": "url"}
 IGNORED = {
     "user": "klein keeps no account of users",
     "safety_identifier": "klein keeps no account of users",
-    "moderation": "klein does not moderate",
+    "moderation": "the server's own filter decides, if it has one",
     "style": "the prompt decides",
     "complexity": "klein does not plan an image before it draws",
     "input_fidelity": "reference images are always used in full",

@@ -29,6 +29,7 @@ class Drawing:
     def __init__(self, generator: Generator, asked: Asked, request: Request, id: str) -> None:
         """Starts the work; it is cancelled when the caller hangs up."""
         self._asked = asked
+        self._marks = generator.marks
         self._id = id
         self._news: asyncio.Queue[Preview | None] = asyncio.Queue()
         self._stirred = asyncio.Event()
@@ -78,9 +79,8 @@ class Drawing:
                     continue
                 index = seen[preview.image]
                 seen[preview.image] += 1
-                yield _line(
-                    await asyncio.to_thread(partial_event, self._asked, preview, index, kind)
-                )
+                made = (self._asked, preview, index, kind, self._marks)
+                yield _line(await asyncio.to_thread(partial_event, *made))
             with self._asked.own_names():
                 generated = await self._work
             for event in await asyncio.to_thread(completed_events, self._asked, generated, kind):

@@ -3,13 +3,15 @@
 import hashlib
 from importlib.resources import files
 from pathlib import PurePosixPath
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import RedirectResponse, Response
 
+from klein.entrypoints.http.errors import described
 from klein.errors import NotFound
 
-router = APIRouter(include_in_schema=False)
+router = APIRouter(tags=["page"])
 
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -53,19 +55,34 @@ FILES = _read()
 ETAGS = {name: f'"{hashlib.sha256(data).hexdigest()[:16]}"' for name, data in FILES.items()}
 
 
-@router.get("/ui")
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/html": {}}},
+    413: described()[413],
+    503: described()[503],
+}
+
+
+@router.get(
+    "/ui",
+    summary="A page to draw, edit and compare on",
+    response_class=Response,
+    responses=ANSWERS,
+)
 async def page(request: Request) -> Response:
-    """The page."""
+    """The page that draws, edits and compares without a line of code.
+
+    [Open it](ui).
+    """
     return _file(request, "index.html")
 
 
-@router.get("/ui/")
+@router.get("/ui/", include_in_schema=False)
 async def page_with_slash() -> Response:
     """To where the page's relative addresses hold."""
     return RedirectResponse("../ui")
 
 
-@router.get("/ui/{name:path}")
+@router.get("/ui/{name:path}", include_in_schema=False)
 async def asset(request: Request, name: str) -> Response:
     """A file of the page; raises NotFound for any other."""
     return _file(request, name)

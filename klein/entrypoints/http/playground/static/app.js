@@ -1,19 +1,24 @@
 // The page: connects to klein, draws, and hands images from one part to the next.
 
-import { ApiError, ask, follow, get, images, key, post } from "./api.js";
+import { ApiError, ask, follow, get, images, key, newJobId, send } from "./api.js";
 import { compare } from "./compare.js";
 import * as details from "./details.js";
-import { $, button, dialog, download, h, readAsDataUrl, say, toast } from "./dom.js";
+import { $, button, dialog, download, h, say, toast } from "./dom.js";
 import { Edit, dataUrl } from "./edit.js";
 import { Form } from "./form.js";
 import { Gallery } from "./gallery.js";
+import { browser, tab } from "./kept.js";
 import { Loras } from "./loras.js";
-import { settingsOf, textOf } from "./metadata.js";
+import { fitting, settingsIn } from "./metadata.js";
 import * as stage from "./stage.js";
 import { Sweep, strip } from "./sweep.js";
 
 const POLL = 2000;
 const JOB = "klein-job";
+const DRAFT = "klein-draft";
+const NOTE = 100000; // characters of a request that is noted down
+const MAX_FILE = 100e6;
+const DOUBLE_CLICK = 500;
 const EXAMPLES = {
   nano: [
     "a smiling woman with red hair, green eyes and a blue hat, on a yellow background",
@@ -29,7 +34,7 @@ const EXAMPLES = {
 
 let routes = [];
 let capabilities = null;
-let running = null; // { id, canceled } of the job that is drawn
+let running = null; // { id, stop } of the job that is drawn; `stop` aborts its requests
 let shown = null; // the image that is open
 let assembled = false; // whether every part of the page exists
 
@@ -76,9 +81,10 @@ function checked() {
     $("prompt").focus();
     return null;
   }
-  const fault = edit.fault();
+  const wrong = form.fault();
+  const fault = wrong || edit.fault();
   if (fault) {
-    $("edit").open = true;
+    if (!wrong) $("edit").open = true;
     toast(fault, "bad");
     return null;
   }
@@ -99,27 +105,35 @@ function sizeOf(input) {
 }
 
 /** Draw a request to its end; returns the rows of its images. Throws ApiError. */
-async function draw(input, view, label) {
-  const job = await post("jobs", { input });
-  return finish(job.id, input, view, label);
-}
+const draw = (input, view, label) => {
+  const id = newJobId();
+  return finish(id, input, view, label, (signal) => send("PUT", `jobs/${id}`, { input }, { signal }));
+};
 
-async function finish(id, input, view, label) {
-  running = { id };
-  sessionStorage.setItem(JOB, JSON.stringify({ id, input: slim(input) }));
+async function finish(id, input, view, label, start = () => {}) {
+  const stop = new AbortController();
+  running = { id, stop };
   try {
-    const job = await follow(id, view.on);
-    if (job.status === "canceled") throw new ApiError("canceled", "You cancelled it.");
+    await start(stop.signal);
+    tab.set(JOB, JSON.stringify({ id, input: slim(input) }));
+    const job = await follow(id, view.on, stop.signal);
+    if (job.status === "canceled") throw CANCELED;
     if (job.status !== "succeeded") throw new ApiError(job.error.code, job.error.message, job.error);
     return await rowsOf(job, input, label);
   } finally {
-    sessionStorage.removeItem(JOB);
+    tab.remove(JOB);
     running = null;
   }
 }
 
-/** A request without its pictures, which are too much for a note. */
-const slim = (input) => (JSON.stringify(input).length < 100000 ? input : { prompt: input.prompt });
+const CANCELED = new ApiError("canceled", "You cancelled it.");
+
+/** A request without its images where they are too much for a note. */
+function slim(input) {
+  if (JSON.stringify(input).length < NOTE) return input;
+  const { images: _, init_image, mask, extend, ...rest } = input;
+  return JSON.stringify(rest).length < NOTE ? rest : { prompt: "" };
+}
 
 async function rowsOf(job, input, label) {
   const { parameters, loras: reports, warnings, timings, model } = job.output;
@@ -133,22 +147,33 @@ async function rowsOf(job, input, label) {
 }
 
 function busy(on) {
-  $("draw").hidden = on;
-  $("cancel").hidden = !on;
-  $("cancel").disabled = false;
+  if (on) exchange($("draw"), $("cancel"), true);
+  else exchange($("cancel"), $("draw"), $("cancel").disabled);
   $("hint").textContent = on ? "Esc" : "Ctrl ↵";
   sweep.go.disabled = on;
   $("stage").setAttribute("aria-busy", String(on));
   document.title = on ? "drawing … klein" : "klein";
 }
 
+/** Put one button in the other's place; where that was `clicked`, a double click's second half does nothing. */
+function exchange(old, next, clicked) {
+  const focused = document.activeElement === old;
+  old.hidden = true;
+  next.hidden = false;
+  next.disabled = clicked;
+  setTimeout(() => {
+    next.disabled = false;
+    if (focused && document.activeElement === document.body) next.focus();
+  }, clicked ? DOUBLE_CLICK : 0);
+}
+
 /** Run `work` with the page busy, and show how it failed if it does. */
-async function whileBusy(work, again) {
+async function whileBusy(work, again, kept = () => "") {
   busy(true);
   try {
     await work();
   } catch (error) {
-    explain(error, again);
+    explain(error, again, kept());
   } finally {
     busy(false);
   }
@@ -160,11 +185,17 @@ function drawOnce() {
   whileBusy(() => show(input, (view) => draw(input, view)), drawOnce);
 }
 
+/** Bring the stage into view where it is out of it, as it is on a phone. */
+function toStage() {
+  const { top, bottom } = $("stage").getBoundingClientRect();
+  if (bottom < innerHeight / 3 || top > innerHeight / 3) $("stage").scrollIntoView({ block: "start" });
+}
+
 async function show(input, work) {
   const view = stage.watch(...sizeOf(input));
   stage.show(view.element);
   details.show(null);
-  if (matchMedia("(max-width: 900px)").matches) $("stage").scrollIntoView({ block: "start" });
+  toStage();
   const rows = await work(view);
   form.drawn(rows[0].seed);
   await gallery.add(rows);
@@ -174,43 +205,67 @@ async function show(input, work) {
 
 function drawStrip(runs) {
   if (running || $("draw").hidden) return;
+  let drawnOf = 0;
+  const kept = () => (drawnOf ? `${drawnOf} of ${runs.length} were drawn before; they are in the gallery.` : "");
   whileBusy(async () => {
     const row = strip(runs, sizeOf(runs[0].input), (each) => open([each], 0));
     details.show(null);
+    toStage();
     for (const [n, { input, label }] of runs.entries()) {
       const [drawn] = await draw(input, row.views[n], label);
       row.done(n, drawn);
       form.drawn(drawn.seed);
       await gallery.add([drawn]);
+      drawnOf = n + 1;
     }
     say(`The strip of ${runs.length} is drawn.`, true);
-  }, () => drawStrip(runs));
+  }, () => drawStrip(runs), kept);
 }
 
 async function cancel() {
   if (!running) return;
+  const { id, stop } = running;
   $("cancel").disabled = true;
-  await post(`jobs/${running.id}/cancel`, {}).catch((error) => error.status === 409 || toast(error.message, "bad"));
+  try {
+    await send("POST", `jobs/${id}/cancel`, {});
+  } catch (error) {
+    if (error.status === 409) return; // it was over already
+    if (error.status === 404) return unsend(id, stop);
+    $("cancel").disabled = false;
+    toast(error.message, "bad");
+  }
+}
+
+/** Cancel a job that klein does not know: it is still on its way there, or klein was restarted. */
+function unsend(id, stop) {
+  stop.abort(CANCELED);
+  setTimeout(() => send("POST", `jobs/${id}/cancel`, {}).catch(() => {}), 2000); // it may have come through
 }
 
 /** [title, what to do] of each error that has more to say than its message. */
 const WAYS_OUT = {
   canceled: ["Cancelled", "Nothing was kept of it."],
+  gone: ["klein no longer knows this job", "It was restarted meanwhile, or the job was too long ago. Draw it again."],
+  http_413: ["That is too much for this server", "Use smaller or fewer images."],
   queue_full: ["The queue is full", "Others are drawing: try again in a moment."],
   not_ready: ["klein is not ready", "The model is still loading."],
   offline: ["klein does not answer", "Check that it runs and that you are online; your settings stay here."],
   unauthorized: ["This server wants a key", "Ask whoever runs it, then enter the key here."],
 };
 
-function explain(error, again) {
-  if (!(error instanceof ApiError)) throw error;
+function explain(error, again, kept) {
+  if (!(error instanceof ApiError)) {
+    stage.failure("bad", "This page made a mistake", `${error.message}. Reload it; your gallery stays.`);
+    throw error;
+  }
   const [title, way] = WAYS_OUT[error.code] || ["That did not work", null];
   const canceled = error.code === "canceled";
   const retry = again ? [button(canceled ? "Draw it again" : "Try again", again, { class: "primary" })] : [];
-  if (error.code === "unauthorized") askForKey(error.message);
+  if (error.code === "unauthorized") askForKey(key.get() ? WRONG_KEY : "");
   if (error.code === "offline" || error.code === "not_ready") connect();
-  const wait = error.retryAfter ? ` klein suggests ${error.retryAfter} s.` : "";
-  stage.failure(canceled ? "canceled" : "bad", title, (way || error.message) + wait, ...retry);
+  const wait = error.retryAfter ? `klein suggests ${error.retryAfter} s.` : "";
+  const told = canceled && kept ? [kept] : [way || error.message, wait, kept];
+  stage.failure(canceled ? "canceled" : "bad", title, told.filter(Boolean).join(" "), ...retry);
 }
 
 // -- images -------------------------------------------------------------------------------------
@@ -220,15 +275,19 @@ function open(rows, n) {
   stage.result(rows, n, { select: (at) => open(rows, at), actions: actionsOf, notes: details.notes(shown) });
   details.show(shown, routes);
   gallery.mark(shown);
+  toStage();
 }
 
 function actionsOf(row) {
   const settings = { ...row.input, seed: row.seed, num_images: undefined };
+  const useSettings = async () => {
+    if (await edit.guard(() => fill(settings).then(() => true))) toast("Its settings are in the form");
+  };
   return [
     ["Download", "download", () => download(row.blob, stage.fileName(row))],
     ["Edit this", "brush", () => useAs("init", row.blob)],
     ["As reference", "image", () => useAs("reference", row.blob)],
-    ["Use settings", "reuse", () => fill(settings).then(() => toast("Its settings are in the form"))],
+    ["Use settings", "reuse", useSettings],
     ...(gallery.rows.length > 1 ? [["Compare with …", "compare", () => gallery.pick(row)]] : []),
     [null, "trash", () => discard(row), "Delete from the gallery"],
   ];
@@ -255,32 +314,40 @@ async function useAs(kind, blob) {
 function sideBySide(a, b) {
   details.show(null);
   compare(a, b, { back: () => open([a], 0), swap: () => sideBySide(b, a) });
+  toStage();
 }
 
-/** An image that was dropped or pasted: its settings, or itself. */
+/** A file that was dropped or pasted: offers its settings, or itself. */
 async function take(file) {
-  let found = null;
-  try {
-    const text = await textOf(file);
-    found = text && settingsOf(text);
-  } catch {
-    // damaged parameters are no parameters
-  }
+  if (file.size > MAX_FILE) return toast(`That file is over ${MAX_FILE / 1e6} MB.`, "bad");
+  const found = capabilities && (await settingsIn(file));
+  const url = await dataUrl(file).catch(() => null);
+  if (!url && !found) return toast("That file is not an image that this browser can read.", "bad");
   const act = (work) => () => (box.close(), work());
-  const told = found
-    ? `${found.own ? "klein" : "Another program"} drew it: “${found.input.prompt.slice(0, 160)}”`
-    : "It has no settings inside.";
-  const lack = found?.missing.length ? h("p", { class: "help" }, `Not in the file: ${found.missing.join(", ")}.`) : null;
   const box = dialog(
     "An image",
-    h("img", { src: await readAsDataUrl(file), alt: "", class: "offered" }),
-    h("p", {}, told),
-    lack,
-    h("div", { class: "row wrap" },
-      found ? button("Use its settings", act(() => fill(found.input)), { class: "primary", glyph: "reuse" }) : null,
-      button("Edit it", act(() => useAs("init", file)), { glyph: "brush" }),
-      button("As reference", act(() => useAs("reference", file)), { glyph: "image" })),
+    url ? h("img", { src: url, alt: "", class: "offered" }) : null,
+    ...(found ? offer(found, act) : [h("p", {}, "It has no settings inside.")]),
+    url
+      ? h("div", { class: "row wrap" },
+          button("Edit it", act(() => useAs("init", file)), { glyph: "brush" }),
+          button("As reference", act(() => useAs("reference", file)), { glyph: "image" }))
+      : null,
   );
+}
+
+/** What of a dialog says which settings a file has. */
+function offer({ input: claimed, own, missing }, act) {
+  const [input, refused] = fitting(claimed, capabilities.request);
+  if (!own) for (const lora of input.loras || []) lora.path = loras.known(lora.path);
+  const lack = (text, names) => (names.length ? h("p", { class: "help" }, `${text}: ${names.join(", ")}.`) : null);
+  return [
+    h("p", {}, own ? "klein drew it:" : "Another program drew it:"),
+    h("blockquote", { dir: "auto" }, input.prompt?.slice(0, 400) || "an empty prompt"),
+    lack("Not in the file", missing),
+    lack("Not taken, since this server would refuse it", refused),
+    h("div", { class: "row" }, button("Use its settings", act(() => fill(input)), { class: "primary", glyph: "reuse" })),
+  ];
 }
 
 const imageIn = (list) => [...(list || [])].find((file) => file.type.startsWith("image/"));
@@ -299,7 +366,8 @@ function listenForImages() {
   addEventListener("drop", (event) => {
     event.preventDefault();
     over(0);
-    const file = imageIn(event.dataTransfer?.files);
+    const files = event.dataTransfer?.files;
+    const file = imageIn(files) || files?.[0];
     if (file) take(file);
   });
   addEventListener("paste", (event) => {
@@ -317,6 +385,13 @@ function banner(text, ...actions) {
   $("banner").replaceChildren(text, ...actions);
 }
 
+const WRONG_KEY = "That key is not one of this server’s.";
+/** [state, banner] while the page waits. */
+const WAITS = {
+  offline: ["offline", "klein does not answer. This page goes on trying."],
+  not_klein: ["not klein", "What answers at this address is not klein. This page goes on trying."],
+  not_ready: ["loading", "The model is loading; this page goes on by itself."],
+};
 let connecting = null;
 
 /** Wait until klein is ready and take its tables; only one such wait at a time. */
@@ -336,10 +411,11 @@ async function untilReady() {
       if (error.code === "unauthorized") {
         $("model").textContent = "a key is needed";
         banner("This server wants a key.", button("Enter it", () => askForKey(), { class: "small" }));
-        return askForKey(key.get() ? "That key is not one of this server’s." : "");
+        return askForKey(key.get() ? WRONG_KEY : "");
       }
-      $("model").textContent = error.code === "offline" ? "offline" : "loading";
-      banner(error.code === "offline" ? "klein does not answer. This page goes on trying." : "The model is loading; this page goes on by itself.");
+      const [state, told] = WAITS[error.code] || WAITS.not_ready;
+      $("model").textContent = state;
+      banner(told);
       await new Promise((done) => setTimeout(done, POLL));
     }
   }
@@ -347,6 +423,7 @@ async function untilReady() {
 
 async function takeTables() {
   const [told, presets, found, openapi] = await Promise.all(["capabilities", "presets", "loras", "openapi.json"].map(get));
+  const first = !capabilities;
   capabilities = told;
   routes = Object.keys(openapi.paths);
   form.connect(told, presets);
@@ -361,6 +438,7 @@ async function takeTables() {
   $("model").title = model?.speed_why || "";
   refresh();
   if (!shown && !running && !$("draw").hidden) welcome();
+  if (first) takeUp();
 }
 
 function welcome() {
@@ -396,17 +474,27 @@ function askForKey(why = "") {
   input.focus();
 }
 
-/** After a reload, go on watching the job that was under way. */
-async function resume() {
-  const note = JSON.parse(sessionStorage.getItem(JOB) || "null");
-  if (!note) return;
-  whileBusy(() => show(note.input, (view) => finish(note.id, note.input, view)));
+/** After a reload: what was being written, and the job that was under way. */
+function takeUp() {
+  const draft = tab.read(DRAFT);
+  if (draft && !$("prompt").value) {
+    const [input] = fitting(draft.input, capabilities.request);
+    form.fill(input);
+    form.lock(draft.locked);
+    loras.fill(input.loras);
+  }
+  const note = tab.read(JOB);
+  if (note) whileBusy(() => show(note.input, (view) => finish(note.id, note.input, view)), drawOnce);
+}
+
+function noteDraft() {
+  if (capabilities) tab.set(DRAFT, JSON.stringify({ input: slim({ ...form.read(), loras: loras.read() }), locked: form.locked }));
 }
 
 function toggleTheme() {
   const dark = getComputedStyle(document.documentElement).getPropertyValue("--is-dark").trim() === "1";
   document.documentElement.dataset.theme = dark ? "light" : "dark";
-  localStorage.setItem("klein-theme", document.documentElement.dataset.theme);
+  browser.set("klein-theme", document.documentElement.dataset.theme);
 }
 
 $("controls").addEventListener("submit", (event) => {
@@ -427,7 +515,7 @@ addEventListener("keydown", (event) => {
 });
 addEventListener("online", connect);
 addEventListener("offline", connect);
+addEventListener("pagehide", noteDraft);
 listenForImages();
 await gallery.load();
 await connect();
-await resume();

@@ -18,7 +18,9 @@ export function show(row, routes) {
 export function notes(row) {
   const mark = (glyph, text, failed) =>
     h("li", { class: failed ? "failed" : "" }, icon(glyph), h("span", {}, text));
-  const warnings = row.warnings.map((text) => mark("warn", text));
+  const failures = row.loras.map((lora) => lora.error).filter(Boolean);
+  const news = row.warnings.filter((text) => !failures.some((error) => text.includes(error)));
+  const warnings = news.map((text) => mark("warn", text));
   const reports = row.loras.map((lora) => mark(lora.applied ? "check" : "warn", told(lora), !lora.applied));
   return h(
     "div",
@@ -47,8 +49,8 @@ function facts(row) {
     "section",
     { class: "card", "aria-label": "How it was made" },
     h("h2", {}, row.label || "How it was made"),
-    h("p", { class: "prompt-told" }, p.prompt),
-    p.negative_prompt ? h("p", { class: "prompt-told not" }, `not: ${p.negative_prompt}`) : null,
+    h("p", { class: "prompt-told", dir: "auto" }, p.prompt),
+    p.negative_prompt ? h("p", { class: "prompt-told not", dir: "auto" }, `not: ${p.negative_prompt}`) : null,
     h("dl", {}, ...pairs.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, String(value))])),
   );
 }

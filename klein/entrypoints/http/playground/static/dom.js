@@ -22,7 +22,7 @@ export function icon(name) {
   svg.setAttribute("class", "i");
   svg.setAttribute("aria-hidden", "true");
   const use = document.createElementNS(SVG, "use");
-  use.setAttribute("href", `ui/icon.svg#${name}`);
+  use.setAttribute("href", `#i-${name}`);
   svg.append(use);
   return svg;
 }
@@ -49,6 +49,7 @@ export function say(text, urgent = false) {
 
 /** A short message that goes away by itself. */
 export function toast(text, kind = "") {
+  if ([...$("toasts").children].some((shown) => shown.textContent === text)) return;
   const box = h("div", { class: `toast ${kind}` }, text);
   $("toasts").append(box);
   setTimeout(() => box.remove(), kind === "bad" ? 9000 : 4000);
@@ -67,7 +68,11 @@ export function dialog(title, ...children) {
     ),
     ...children,
   );
-  box.addEventListener("click", (event) => event.target === box && box.close());
+  box.addEventListener("pointerdown", (event) => {
+    const { left, right, top, bottom } = box.getBoundingClientRect();
+    const inside = event.clientX >= left && event.clientX <= right && event.clientY >= top && event.clientY <= bottom;
+    if (event.target === box && !inside) box.close();
+  });
   document.body.append(box);
   box.showModal();
   return box;

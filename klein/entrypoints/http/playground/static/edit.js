@@ -8,6 +8,7 @@ import { Frame } from "./frame.js";
 const TYPES = ["image/png", "image/jpeg", "image/webp"];
 const MAX_BYTES = 20e6;
 const MAX_PIXELS = 16e6;
+const READABLE_PIXELS = 120e6; // of what is made smaller here; more may take all memory
 const MODES = [["vary", "Vary"], ["repaint", "Repaint"], ["extend", "Extend"]];
 const HELP = {
   vary: "Starts from the image; strength says how far it goes.",
@@ -20,14 +21,32 @@ const FIELDS = {
   extend: ["mask_feather"],
 };
 
-/** A file as klein takes it, a data URI; other kinds and huge ones are drawn anew. */
+/** An image that is certain to be readable. Throws for any other, before its pixels take memory. */
+async function decoded(url) {
+  const image = h("img", { src: url });
+  await new Promise((done, fail) => ((image.onload = done), (image.onerror = fail)));
+  if (image.naturalWidth * image.naturalHeight > READABLE_PIXELS) throw new Error("too many pixels");
+  await image.decode();
+  return image;
+}
+
+/** A file as klein takes it, a data URI; other kinds and huge ones are drawn anew. Throws like `decoded`. */
 export async function dataUrl(file) {
-  if (TYPES.includes(file.type) && file.size <= MAX_BYTES) return readAsDataUrl(file);
-  const bitmap = await createImageBitmap(file);
-  const scale = Math.min(1, Math.sqrt(MAX_PIXELS / (bitmap.width * bitmap.height)));
-  const canvas = h("canvas", { width: Math.round(bitmap.width * scale), height: Math.round(bitmap.height * scale) });
-  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-  return canvas.toDataURL("image/jpeg", 0.95);
+  const address = URL.createObjectURL(file);
+  try {
+    const image = await decoded(address);
+    const [width, height] = [image.naturalWidth, image.naturalHeight];
+    const scale = Math.min(1, Math.sqrt(MAX_PIXELS / (width * height)));
+    if (TYPES.includes(file.type) && file.size <= MAX_BYTES && scale === 1) return await readAsDataUrl(file);
+    const canvas = h("canvas", { width: Math.max(1, Math.round(width * scale)), height: Math.max(1, Math.round(height * scale)) });
+    const context = canvas.getContext("2d");
+    context.fillStyle = "#fff"; // JPEG has no transparency
+    context.fillRect(0, 0, canvas.width, canvas.height);
+    context.drawImage(image, 0, 0, canvas.width, canvas.height);
+    return canvas.toDataURL("image/jpeg", 0.95);
+  } finally {
+    URL.revokeObjectURL(address);
+  }
 }
 
 export class Edit {
@@ -89,31 +108,37 @@ export class Edit {
   }
 
   async addFiles(files) {
-    for (const file of files) await this.guard(async () => this.reference(await dataUrl(file)));
+    for (const file of files) {
+      const taken = await this.guard(async () => this.reference(await dataUrl(file)));
+      if (!taken) return;
+    }
   }
 
+  /** What `work` gives; null after telling that its file is no image. */
   async guard(work) {
     try {
-      await work();
+      return await work();
     } catch {
       toast("That file is not an image that this browser can read.", "bad");
+      return null;
     }
   }
 
   reference(url) {
-    if (this.images.length >= this.most) return toast(`${this.most} references are the most`, "bad");
+    if (this.images.length >= this.most) return void toast(`${this.most} references are the most`, "bad");
     this.images.push(url);
     this.show();
+    return true;
   }
 
   /** Edit `url`, a data URI; null puts it away. */
   async start(url, mode = this.mode) {
+    const image = url && (await decoded(url));
     this.init = url;
     this.mode = mode;
     this.mask = this.frame = null;
-    if (url) {
-      const image = h("img", { src: url, alt: "The image that is edited" });
-      await image.decode();
+    if (image) {
+      image.alt = "The image that is edited";
       this.mask = new Mask(image, () => this.onchange());
       this.frame = new Frame(image.cloneNode(), image.naturalWidth, image.naturalHeight, () => this.onchange());
     }
@@ -203,6 +228,7 @@ export class Edit {
     const content = surface.firstElementChild;
     const box = dialog(this.mode === "repaint" ? "Paint what to repaint" : "Extend the image", content);
     box.classList.add("large");
+    box.style.setProperty("--ratio", this.mask.width / this.mask.height);
     box.addEventListener("close", () => surface.append(content));
   }
 }

@@ -11,6 +11,7 @@ const PLACED = new Set([
 ]);
 const RATIOS = ["1:1", "4:5", "2:3", "9:16", "5:4", "3:2", "16:9"];
 const PRESETS_NATIVE = 1024;
+const WRONG = ["badInput", "rangeOverflow", "rangeUnderflow"]; // klein rounds what lies between steps
 
 const words = (name) => (name[0].toUpperCase() + name.slice(1)).replaceAll("_", " ").replace(/\bhd\b/, "HD");
 
@@ -57,7 +58,7 @@ export class Form {
   }
 
   choose(name) {
-    this.preset = this.presets[name] || this.presets[this.standard];
+    this.preset = this.presets[Object.hasOwn(this.presets, name) ? name : this.standard];
     this.presetRadios.set(this.preset.name);
     this.tell();
     this.onchange();
@@ -126,7 +127,7 @@ export class Form {
     const image = this.ratio === "auto" && this.fromImage;
     const [width, height] = this.size() || this.presetSize();
     $("preset-purpose").textContent =
-      `${preset.purpose}: ${this.suggested("num_inference_steps")} steps, guidance ${this.suggested("guidance_scale")}`;
+      `${preset.purpose}: ${this.suggested("num_inference_steps")}\u00a0steps, guidance\u00a0${this.suggested("guidance_scale")}`;
     $("size-told").textContent = image ? "as the image that you edit" : `${width} × ${height} pixels`;
     for (const [name, made] of Object.entries(this.fields)) made.suggest(this.suggested(name));
     const changed = Object.values(this.fields).filter((made) => made.get() !== undefined).length;
@@ -157,6 +158,18 @@ export class Form {
     this.lastSeed = seed;
     $("seed-reuse").disabled = false;
     if (!this.locked) this.seed("");
+  }
+
+  /** The field whose value is out of its bounds or no number, opened and focused; null if all are fine. */
+  fault() {
+    const wrong = [...$("controls").querySelectorAll("input[type=number]")].find(
+      (input) => !input.closest("[hidden]") && WRONG.some((way) => input.validity[way]),
+    );
+    if (!wrong) return null;
+    if (wrong.closest("details")) wrong.closest("details").open = true;
+    wrong.focus();
+    const name = wrong.labels[0]?.textContent.trim() || wrong.getAttribute("aria-label");
+    return `${name}: a number from ${wrong.min} to ${wrong.max}`;
   }
 
   read() {

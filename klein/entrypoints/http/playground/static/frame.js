@@ -55,7 +55,7 @@ export class Frame {
       const moved = (along(event) - from.at) * outwards * from.scale;
       this.grow(side, Math.round((from.by + moved) / STEP) * STEP);
     });
-    handle.addEventListener("pointerup", () => (from = null));
+    handle.addEventListener("lostpointercapture", () => (from = null));
     handle.addEventListener("keydown", (event) => {
       const keys = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 };
       if (!(event.key in keys)) return;

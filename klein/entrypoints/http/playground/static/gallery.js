@@ -5,6 +5,12 @@ import { fileName, urlOf } from "./stage.js";
 import * as store from "./store.js";
 import { zip } from "./zip.js";
 
+/** A label whose value, at its end, is never cut. */
+function badge(label) {
+  const [, name, value] = label.match(/^(.*) (\S+)$/s) || [null, label, ""];
+  return h("span", { class: "badge" }, h("span", {}, name), h("b", {}, value));
+}
+
 export class Gallery {
   constructor({ open, compare }) {
     this.rows = [];
@@ -12,36 +18,58 @@ export class Gallery {
     this.compare = compare;
     this.picked = null; // the ids of images to compare, while they are picked
     this.current = null;
+    this.tabs = new BroadcastChannel("klein-gallery");
+    this.tabs.onmessage = () => this.load();
   }
 
+  /** Take what is kept; images that are here already stay the same objects. */
   async load() {
-    try {
-      this.rows = await store.all();
-    } catch {
-      toast("This browser keeps no gallery: images last until the page is left.", "bad");
-    }
+    await this.keep(async () => {
+      const here = new Map(this.rows.map((row) => [row.id, row]));
+      this.rows = (await store.all()).map((row) => here.get(row.id) ?? row);
+    });
     this.show();
   }
 
   async add(rows) {
-    this.rows.unshift(...rows);
+    const newest = this.rows[0]?.time ?? 0; // a clock that was set back changes no order
+    for (const row of rows) row.time = Math.max(row.time, newest + 1);
+    const ids = new Set(rows.map((row) => row.id)); // another tab may have drawn the same job
+    this.rows = [...rows, ...this.rows.filter((row) => !ids.has(row.id))];
     this.current = rows[0].id;
+    const gone = store.surplus(this.rows).map((row) => row.id);
+    this.rows = this.rows.filter((row) => !gone.includes(row.id));
     this.show();
-    try {
-      for (const row of rows) {
-        const gone = new Set(await store.add(row));
-        this.rows = this.rows.filter((kept) => !gone.has(kept.id));
-      }
-    } catch {
-      toast("This browser has no room left: export the gallery and clear it.", "bad");
-    }
-    this.show();
+    await this.change(async () => {
+      await store.remove(gone);
+      await store.add(rows);
+    });
   }
 
   async remove(row) {
     this.rows = this.rows.filter((kept) => kept.id !== row.id);
     this.show();
-    await store.remove(row.id).catch(() => {});
+    await this.change(() => store.remove([row.id]));
+  }
+
+  async change(work) {
+    if (await this.keep(work)) this.tabs.postMessage("changed");
+  }
+
+  /** Whether the browser did `work` on what it keeps; it is told once why not. */
+  async keep(work) {
+    try {
+      await work();
+      return true;
+    } catch (error) {
+      const full = error.name === "QuotaExceededError";
+      const why = full
+        ? "This browser has no room left: export the gallery and clear it."
+        : "This browser keeps no gallery: images last until the page is left.";
+      if (full || !this.warned) toast(why, "bad");
+      this.warned = true;
+      return false;
+    }
   }
 
   mark(row) {
@@ -63,7 +91,7 @@ export class Gallery {
   }
 
   told() {
-    if (this.picked) return ` choose ${2 - this.picked.length} to compare`;
+    if (this.picked) return this.picked.length ? " choose the other one" : " choose two to compare";
     return this.rows.length ? ` ${this.rows.length}` : "";
   }
 
@@ -87,13 +115,14 @@ export class Gallery {
         onclick: () => (this.picked ? this.choose(row) : this.open(row)),
       },
       h("img", { src: urlOf(row), alt: "", loading: "lazy" }),
-      row.label ? h("span", { class: "badge" }, row.label) : null,
+      row.label ? badge(row.label) : null,
     );
   }
 
   pick(first) {
     this.picked = this.picked && !first ? null : first ? [first.id] : [];
     this.show();
+    if (this.picked) $("gallery").scrollIntoView({ block: "nearest" });
   }
 
   choose(row) {
@@ -117,7 +146,7 @@ export class Gallery {
       box.close();
       this.rows = [];
       this.show();
-      await store.clear().catch(() => {});
+      await this.change(store.clear);
     };
     const box = dialog(
       "Clear the gallery",

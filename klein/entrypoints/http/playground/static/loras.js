@@ -29,6 +29,9 @@ export class Loras {
     this.show();
   }
 
+  /** The name here of a file that another program names. */
+  known = (path) => this.entries.find((row) => short(row.name) === short(path))?.name ?? path;
+
   entry = (path) => this.entries.find((row) => row.name === path);
 
   /** Trigger words of the chosen ones. */
@@ -132,21 +135,25 @@ export class Loras {
 
   upload(done) {
     const input = h("input", { id: "lora-file", type: "file", accept: ".safetensors" });
+    const told = h("p", { class: "help", role: "status" });
     input.addEventListener("change", async () => {
       const [file] = input.files;
       if (!file) return;
       input.disabled = true;
+      told.textContent = `Sending ${megabytes(file.size)} …`;
       try {
-        await ask(`loras?name=${encodeURIComponent(file.name)}`, {
+        const added = await ask(`loras?name=${encodeURIComponent(file.name)}`, {
           method: "POST", body: file, headers: { "content-type": "application/octet-stream" },
         });
+        const { name } = await added.json();
         this.entries = (await get("loras")).loras;
-        this.add(file.name);
+        this.add(name);
         done();
       } catch (error) {
         toast(error.message, "bad");
       } finally {
         input.disabled = false;
+        told.textContent = "";
       }
     });
     return h(
@@ -154,6 +161,7 @@ export class Loras {
       { class: "field" },
       h("label", { for: input.id }, "Upload a .safetensors to this server"),
       input,
+      told,
     );
   }
 }

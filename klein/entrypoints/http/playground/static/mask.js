@@ -29,7 +29,9 @@ export class Mask {
   }
 
   get empty() {
-    return !this.context.getImageData(0, 0, this.width, this.height).data.some((value, n) => n % 4 === 3 && value > 127);
+    const { data } = this.context.getImageData(0, 0, this.width, this.height);
+    for (let at = 3; at < data.length; at += 4) if (data[at] > 127) return false;
+    return true;
   }
 
   tools() {
@@ -63,6 +65,7 @@ export class Mask {
       return [((event.clientX - box.left) * this.width) / box.width, ((event.clientY - box.top) * this.height) / box.height];
     };
     canvas.addEventListener("pointerdown", (event) => {
+      if (event.button !== 0 || this.stroke) return;
       event.preventDefault();
       canvas.focus({ preventScroll: true });
       canvas.setPointerCapture(event.pointerId);
@@ -75,7 +78,7 @@ export class Mask {
       this.stroke.points.push(at(event));
       this.draw(this.stroke, this.stroke.points.length - 1);
     });
-    canvas.addEventListener("pointerup", () => ((this.stroke = null), this.onchange()));
+    canvas.addEventListener("lostpointercapture", () => ((this.stroke = null), this.onchange()));
     canvas.addEventListener("pointerleave", () => (this.pointer.hidden = true));
     canvas.addEventListener("blur", () => (this.pointer.hidden = true));
     canvas.addEventListener("keydown", (event) => this.onKey(event));

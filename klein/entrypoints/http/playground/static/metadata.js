@@ -1,9 +1,20 @@
 // The settings inside an image: klein's own, or those of A1111 and its kin.
 
+const MAX_TEXT = 1e6;
 const ascii = (bytes) => String.fromCharCode(...bytes);
 
+/** What the parameters inside an image say, as of `settingsOf`; null without any that can be read. */
+export async function settingsIn(file) {
+  try {
+    const text = await textOf(file);
+    return text && text.length <= MAX_TEXT ? settingsOf(text) : null;
+  } catch {
+    return null; // made up, or cut off
+  }
+}
+
 /** The text of parameters in a PNG, JPEG or WebP, or null. */
-export async function textOf(file) {
+async function textOf(file) {
   const bytes = new Uint8Array(await file.arrayBuffer());
   if (ascii(bytes.subarray(1, 4)) === "PNG") return pngText(bytes);
   if (bytes[0] === 0xff && bytes[1] === 0xd8) return jpegText(bytes);
@@ -19,8 +30,8 @@ async function pngText(bytes) {
     const size = view.getUint32(at);
     const kind = ascii(bytes.subarray(at + 4, at + 8));
     const data = bytes.subarray(at + 8, at + 8 + size);
-    const end = data.indexOf(0);
-    if (/^[tiz](EXt|TXt)$/.test(kind) && ascii(data.subarray(0, end)) === "parameters") {
+    const end = data.subarray(0, 80).indexOf(0); // where the keyword ends
+    if (/^[tiz](EXt|TXt)$/.test(kind) && ascii(data.subarray(0, Math.max(0, end))) === "parameters") {
       return chunkText(kind, data.subarray(end + 1));
     }
     at += size + 12;
@@ -38,9 +49,18 @@ async function chunkText(kind, rest) {
   return new TextDecoder().decode(packed ? await inflate(text) : text);
 }
 
+/** Unpacked bytes, as far as they may be parameters. */
 async function inflate(bytes) {
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-  return new Uint8Array(await new Response(stream).arrayBuffer());
+  const reader = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate")).getReader();
+  const parts = [];
+  for (let size = 0; size <= 4 * MAX_TEXT; ) {
+    const { value, done } = await reader.read();
+    if (done) break;
+    parts.push(value);
+    size += value.length;
+  }
+  await reader.cancel();
+  return new Uint8Array(await new Blob(parts).arrayBuffer());
 }
 
 function jpegText(bytes) {
@@ -98,12 +118,13 @@ const HELD = ["reference_megapixels", "strength", "mask_feather", "mask_padding"
  * A text as a request: { input, own, missing }. `own` is whether klein wrote it, `missing` the
  * pictures that it was made from, which no file carries. Null for a text of another kind.
  */
-export function settingsOf(text) {
+function settingsOf(text) {
   const own = text.match(/, klein: ("(?:[^"\\]|\\.)*")$/);
   return own ? kleins(text, JSON.parse(JSON.parse(own[1]))) : foreign(text);
 }
 
 function kleins(text, input) {
+  if (![input.prompt, input.negative_prompt].every(Number.isSafeInteger)) return null;
   const codepoints = Array.from(text); // klein counts characters, JavaScript UTF-16 units
   const start = input.prompt + NEGATIVE.length;
   const negative = codepoints.slice(start, start + input.negative_prompt).join("");
@@ -124,21 +145,71 @@ function foreign(text) {
   const lines = text.trim().split("\n");
   const last = lines.pop() || "";
   const told = Object.fromEntries(
-    [...last.matchAll(/([\w ]+): ("(?:[^"\\]|\\.)*"|[^,]*)(?:, |$)/g)].map((hit) => [hit[1].trim(), hit[2]]),
+    [...last.matchAll(/(?<=^|, )([\w ]+): ("(?:[^"\\]|\\.)*"|[^,]*)/g)].map((hit) => [hit[1].trim(), hit[2]]),
   );
   if (!("Steps" in told)) return null;
   const at = lines.findIndex((line) => line.startsWith("Negative prompt: "));
-  const prompt = (at < 0 ? lines : lines.slice(0, at)).join("\n");
+  const [prompt, loras] = withoutLoras((at < 0 ? lines : lines.slice(0, at)).join("\n"));
   const negative = at < 0 ? "" : lines.slice(at).join("\n").slice("Negative prompt: ".length);
   const [width, height] = (told.Size || "").split("x").map(Number);
-  const input = {
+  const number = (name) => (name in told ? Number(told[name]) : NaN);
+  const all = {
     prompt,
-    negative_prompt: negative || undefined,
-    num_inference_steps: Math.min(100, Number(told.Steps)) || undefined,
-    guidance_scale: Number(told["CFG scale"]) || undefined,
-    seed: Number(told.Seed) % 2 ** 32 || undefined,
-    width: width || undefined,
-    height: height || undefined,
+    negative_prompt: negative,
+    num_inference_steps: number("Steps"),
+    guidance_scale: number("CFG scale"),
+    seed: number("Seed"),
+    width: width ?? NaN,
+    height: height ?? NaN,
+    loras,
   };
-  return { input: JSON.parse(JSON.stringify(input)), own: false, missing: [] };
+  const given = Object.entries(all).filter(([name, value]) => name === "prompt" || (value !== "" && !Number.isNaN(value)));
+  return { input: Object.fromEntries(given), own: false, missing: [] };
+}
+
+/** A prompt without its `<lora:name:scale>`, and the LoRAs that they name. */
+function withoutLoras(prompt) {
+  const loras = [];
+  const rest = prompt.replace(/<lora:([^:<>]{1,200})(?::([^:<>]{0,20}))?[^<>]{0,100}>/g, (_, name, scale) => {
+    loras.push({ path: `${name}.safetensors`, scale: Number(scale ?? 1) });
+    return "";
+  });
+  return [loras.length ? rest.replace(/^[\s,]+|[\s,]+$/g, "") : rest, loras];
+}
+
+// -- what a file claims, held against the schema -------------------------------------------------
+
+const KINDS = {
+  string: (value, { enum: known, maxLength = Infinity }) =>
+    typeof value === "string" && value.length <= maxLength && (!known || known.includes(value)),
+  number: (value, { minimum = -Infinity, maximum = Infinity }) => Number.isFinite(value) && value >= minimum && value <= maximum,
+  integer: (value, shape) => Number.isInteger(value) && KINDS.number(value, shape),
+  null: () => false,
+};
+const shapes = (schema) => (schema.anyOf ? schema.anyOf.flatMap(shapes) : [schema]);
+const fits = (value, schema) => shapes(schema).some((shape) => KINDS[shape.type]?.(value, shape));
+
+/** [what of `input` the request's schema takes, the names of the rest]. */
+export function fitting(input, { properties, $defs }) {
+  const taken = {};
+  const refused = [];
+  const take = (into, from, known, told) => {
+    for (const [name, value] of Object.entries(from)) {
+      if (!Object.hasOwn(known, name) || value === null) continue;
+      if (fits(value, known[name])) into[name] = value;
+      else refused.push(told(name));
+    }
+  };
+  const { loras, ...plain } = input;
+  take(taken, plain, properties, (name) => name.replaceAll("_", " "));
+  const lora = $defs.LoraRequest.properties;
+  if (Array.isArray(loras)) {
+    taken.loras = [];
+    for (const claimed of loras.slice(0, properties.loras.maxItems)) {
+      const own = {};
+      take(own, Object(claimed), lora, (name) => `a LoRA’s ${name}`);
+      if (own.path) taken.loras.push(own);
+    }
+  }
+  return [taken, [...new Set(refused)]];
 }

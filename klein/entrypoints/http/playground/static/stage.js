@@ -21,7 +21,7 @@ export function empty(examples, choose) {
       { class: "empty" },
       icon("image"),
       h("h2", {}, "Say what to draw"),
-      h("p", {}, "Write a prompt and press Ctrl-Enter, or begin with one of these. An image dropped anywhere on the page gives its settings back."),
+      h("p", {}, "Write a prompt and press Draw or Ctrl-Enter, or begin with one of these. An image dropped anywhere on the page gives its settings back."),
       h("div", { class: "chips" }, ...examples.map((text) => button(text, () => choose(text), { class: "chip example" }))),
     ),
   );
@@ -35,7 +35,7 @@ export function failure(kind, title, message, ...actions) {
       { class: `empty ${kind}` },
       icon(kind === "bad" ? "warn" : "x"),
       h("h2", {}, title),
-      h("p", {}, message),
+      h("p", { dir: "auto" }, message),
       h("div", { class: "row center" }, ...actions),
     ),
   );
@@ -63,6 +63,8 @@ export function watch(width, height, caption) {
       tell(data.queue_position ? `in the queue: ${ordinal(data.queue_position)}${left(data)}` : "getting ready …");
     } else if (name === "status" && data.status === "processing") {
       tell(`drawing${left(data)}`);
+    } else if (name === "lost") {
+      tell("the connection broke off; trying again …");
     } else if (name === "progress") {
       const of = data.images > 1 ? `image ${data.image} of ${data.images}, ` : "";
       bar.value = data.steps ? data.step / data.steps : 0;

@@ -3,12 +3,6 @@
 export const MAX_IMAGES = 300;
 export const MAX_BYTES = 300e6;
 
-const request = (asked) =>
-  new Promise((done, fail) => {
-    asked.onsuccess = () => done(asked.result);
-    asked.onerror = () => fail(asked.error);
-  });
-
 let opened;
 
 function database() {
@@ -23,35 +17,38 @@ function database() {
   return opened;
 }
 
-async function table(mode) {
-  return (await database()).transaction("images", mode).objectStore("images");
+/** Do `work` on the table in one transaction; its result once that is kept. Throws DOMException. */
+async function transaction(mode, work) {
+  const opening = await database();
+  return new Promise((done, fail) => {
+    const running = opening.transaction("images", mode);
+    const asked = work(running.objectStore("images"));
+    running.oncomplete = () => done(asked?.result);
+    running.onabort = () => fail(running.error); // a full disk too
+  });
 }
 
 /** Every image, the newest first. */
-export async function all() {
-  const rows = await request((await table("readonly")).index("time").getAll());
-  return rows.reverse();
+export const all = async () => (await transaction("readonly", (table) => table.index("time").getAll())).reverse();
+
+export const add = (rows) => transaction("readwrite", (table) => void rows.forEach((row) => table.put(row)));
+
+export const remove = (ids) => transaction("readwrite", (table) => void ids.forEach((id) => table.delete(id)));
+
+export const clear = () => transaction("readwrite", (table) => table.clear());
+
+const weights = new WeakMap();
+
+function weight(row) {
+  if (!weights.has(row)) weights.set(row, row.blob.size + JSON.stringify(row.input).length);
+  return weights.get(row);
 }
 
-export const weight = (row) => row.blob.size + JSON.stringify(row.input).length;
-
-/** Keep an image; returns the ids of those that had to make room. */
-export async function add(row) {
-  await request((await table("readwrite")).put(row));
+/** Of `rows`, the newest first, those beyond the bounds; the newest always stays. */
+export function surplus(rows) {
   let bytes = 0;
-  const rows = await all();
-  const gone = rows.filter((kept, n) => {
-    bytes += weight(kept);
+  return rows.filter((row, n) => {
+    bytes += weight(row);
     return n > 0 && (n >= MAX_IMAGES || bytes > MAX_BYTES);
   });
-  for (const old of gone) await remove(old.id);
-  return gone.map((old) => old.id);
-}
-
-export async function remove(id) {
-  await request((await table("readwrite")).delete(id));
-}
-
-export async function clear() {
-  await request((await table("readwrite")).clear());
 }
