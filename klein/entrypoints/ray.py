@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import prometheus_client
@@ -37,12 +38,14 @@ from klein.models.catalog import known
 from klein.output.delivery import Bucket
 from klein.settings import Settings
 
+log = logging.getLogger(__name__)
+
 NAME = "klein"
 """Of the application."""
 LEAVE_SECONDS = 30.0
 """That a replica may take beyond KLEIN_TIMEOUT to finish what it has, when it is to end."""
 MANY = 10_000
-"""Calls that a deployment takes at once: klein's own queue is what bounds them."""
+"""Calls that a deployment takes at once, and jobs a replica: the ingress's queue bounds them."""
 STATIC = "_internal/server/static_content"
 """BentoML's copy of the files of `/docs`."""
 ONE_LOOP = {
@@ -59,11 +62,11 @@ class RayReplica:
 
     def __init__(self) -> None:
         _log_as_ray_does()
-        settings = Settings.from_env(os.environ)
-        self._generator = build.generator(settings, build.loader(settings, os.environ))
-        self._generator.engine.wait_ready()
+        settings = replace(Settings.from_env(os.environ), queue_size=MANY)
+        generator = build.generator(settings, build.loader(settings, os.environ))
+        generator.engine.wait_ready()
         id = serve.get_replica_context().replica_id.unique_id
-        self._replica = Replica(id, ray.get_runtime_context().get_node_id(), self._generator)
+        self._replica = Replica(id, ray.get_runtime_context().get_node_id(), generator)
 
     async def draw(self, worker: str, order: Order) -> AsyncIterator[Message]:
         """As Replica.draw; `worker` is for the router."""
@@ -80,10 +83,13 @@ class RayReplica:
         return self._replica.hello()
 
     def check_health(self) -> None:
-        """Raise if Ray must put another replica in this one's place."""
-        state = self._generator.engine.state
-        if state is not State.READY:
-            raise RuntimeError(f"klein is {state}")
+        """Raise if Ray must put another replica in this one's place; one that hangs ends itself,
+        for Ray would wait until it is free."""
+        if self._replica.hangs:
+            log.critical("a job does not end: this replica ends itself")
+            os._exit(1)
+        if self._replica.state is not State.READY:
+            raise RuntimeError(f"klein is {self._replica.state}")
 
 
 class ToNamedReplica(RequestRouter):  # type: ignore[misc]
