@@ -84,7 +84,7 @@ def at_once(work: Callable[[int], T], count: int, callers: int) -> list[T]:
         return list(pool.map(work, range(count)))
 
 
-def pids(deployment: str) -> list[int]:
+def pids(deployment: str, app: str = "klein") -> list[int]:
     """The processes of a deployment's replicas, in this cluster."""
     home = f"HOME={os.environ['HOME']}".encode()
     found = []
@@ -96,7 +96,7 @@ def pids(deployment: str) -> list[int]:
         except OSError:
             continue
         mine = home in env.split(b"\0")
-        if mine and title.startswith(f"ray::ServeReplica:klein:{deployment}".encode()):
+        if mine and title.startswith(f"ray::ServeReplica:{app}:{deployment}".encode()):
             found.append(int(entry.name))
     return found
 

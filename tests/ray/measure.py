@@ -1,0 +1,112 @@
+"""What two replicas draw over one, and what the ingress costs: `python -m tests.ray.measure`.
+
+On two idle cores the first is about the machine's; on busy ones read the CPU beside it.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+from ray import serve
+
+from tests.ray import empty
+from tests.ray.cluster import QUICK, Cluster, at_once, cpu_seconds, pids, running
+
+IMAGE = {"width": 256, "height": 256, "num_inference_steps": 40}
+"""About a second on one core: long beside what it costs to send it."""
+IMAGES = 24
+ROUNDS = 3
+REQUESTS = 200
+CALLERS = 4
+
+
+def throughput(cluster: Cluster) -> None:
+    """Images a second of one replica and of two, in turn."""
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for number in range(2 * ROUNDS):
+        replicas = 1 + number % 2
+        cluster.deploy({"num_replicas": replicas})
+        cluster.wait(replicas)
+        workers = wait_for_pids("Replica", replicas)
+        at_once(lambda _: cluster.generate(**IMAGE), 2 * replicas, CALLERS)
+        used, started = sum(map(cpu_seconds, workers)), time.monotonic()
+        at_once(lambda _: cluster.generate(**IMAGE), IMAGES, CALLERS)
+        seconds = time.monotonic() - started
+        used = sum(map(cpu_seconds, workers)) - used
+        rates[replicas].append(IMAGES / seconds)
+        print(
+            f"{replicas} replicas: {IMAGES / seconds:.2f} images/s, {used / IMAGES:.2f} s of CPU "
+            f"an image, {used / seconds:.2f} cores in use, load {os.getloadavg()[0]:.1f}",
+            flush=True,
+        )
+    one, two = statistics.median(rates[1]), statistics.median(rates[2])
+    print(f"2 replicas over 1: {two / one:.2f}, by the medians", flush=True)
+
+
+def wait_for_pids(deployment: str, count: int, app: str = "klein") -> list[int]:
+    """Its processes, once there are so many."""
+    while len(found := pids(deployment, app)) != count:
+        time.sleep(0.1)
+    return found
+
+
+def ingress(name: str, work: Callable[[int], Any], app: str) -> None:
+    """CPU of an ingress a request beyond what it uses while idle, by its kinds of threads."""
+    (pid,) = pids("Ingress", app)
+    at_once(work, 40, CALLERS)
+    before, started = threads(pid), time.monotonic()
+    time.sleep(5)
+    idle = scaled(threads(pid) - before, 1 / (time.monotonic() - started))
+    before, started = threads(pid), time.monotonic()
+    at_once(work, REQUESTS, CALLERS)
+    seconds = time.monotonic() - started
+    used = threads(pid) - before
+    used.subtract(scaled(idle, seconds))
+    each = {kind: f"{value / REQUESTS * 1e3:.1f}" for kind, value in used.most_common(4)}
+    print(
+        f"{name}: {sum(used.values()) / REQUESTS * 1e3:.1f} ms of CPU a request {each}, "
+        f"{sum(idle.values()) * 1e3:.0f} ms a second while idle, {REQUESTS / seconds:.0f} "
+        f"requests/s, load {os.getloadavg()[0]:.1f}",
+        flush=True,
+    )
+
+
+def threads(pid: int) -> Counter[str]:
+    """Seconds of CPU that each kind of thread has used."""
+    used: Counter[str] = Counter()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        kind = (task / "comm").read_text().strip().rstrip("0123456789")
+        used[kind] += int((task / "schedstat").read_text().split()[0]) / 1e9
+    return used
+
+
+def scaled(used: Counter[str], by: float) -> Counter[str]:
+    """`used`, times `by`."""
+    return Counter({kind: value * by for kind, value in used.items()})
+
+
+def main() -> None:
+    """Print both."""
+    with tempfile.TemporaryDirectory() as home, running(Path(home)) as cluster:
+
+        def ask(path: str, number: int) -> None:
+            body = {"prompt": "a portrait", "seed": number, **QUICK}
+            answer: httpx.Response = cluster.client.post(f"{path}/generate_json", json=body)
+            answer.raise_for_status()
+
+        serve.run(empty.app({}), name="empty", route_prefix="/empty")
+        for _ in range(2):
+            ingress("klein", lambda number: ask("", number), "klein")
+            ingress("empty", lambda number: ask("/empty", number), "empty")
+        serve.delete("empty")
+        throughput(cluster)
+
+
+if __name__ == "__main__":
+    main()
