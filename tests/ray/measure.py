@@ -7,7 +7,6 @@ import os
 import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,38 +56,39 @@ def wait_for_pids(deployment: str, count: int, app: str = "klein") -> list[int]:
 
 
 def ingress(name: str, work: Callable[[int], Any], app: str) -> None:
-    """CPU of an ingress a request beyond what it uses while idle, by its kinds of threads."""
+    """CPU of an ingress a request, by its kinds of threads, less what it uses while idle."""
     (pid,) = pids("Ingress", app)
     at_once(work, 40, CALLERS)
-    before, started = threads(pid), time.monotonic()
-    time.sleep(5)
-    idle = scaled(threads(pid) - before, 1 / (time.monotonic() - started))
-    before, started = threads(pid), time.monotonic()
-    at_once(work, REQUESTS, CALLERS)
-    seconds = time.monotonic() - started
-    used = threads(pid) - before
-    used.subtract(scaled(idle, seconds))
-    each = {kind: f"{value / REQUESTS * 1e3:.1f}" for kind, value in used.most_common(4)}
+    idle, seconds = cpu_of(pid, lambda: time.sleep(5))
+    idle = {kind: used / seconds for kind, used in idle.items()}
+    busy, seconds = cpu_of(pid, lambda: at_once(work, REQUESTS, CALLERS))
+    each = {kind: (used - idle.get(kind, 0) * seconds) / REQUESTS for kind, used in busy.items()}
+    most = sorted(each, key=lambda kind: -each[kind])[:4]
     print(
-        f"{name}: {sum(used.values()) / REQUESTS * 1e3:.1f} ms of CPU a request {each}, "
-        f"{sum(idle.values()) * 1e3:.0f} ms a second while idle, {REQUESTS / seconds:.0f} "
+        f"{name}: {sum(each.values()) * 1e3:.1f} ms of CPU a request ("
+        + ", ".join(f"{kind} {each[kind] * 1e3:.1f}" for kind in most)
+        + f"), {sum(idle.values()) * 1e3:.0f} ms a second while idle, {REQUESTS / seconds:.0f} "
         f"requests/s, load {os.getloadavg()[0]:.1f}",
         flush=True,
     )
 
 
-def threads(pid: int) -> Counter[str]:
+def cpu_of(pid: int, work: Callable[[], Any]) -> tuple[dict[str, float], float]:
+    """Seconds of CPU by kind of thread that a process uses during `work`, and how long it took."""
+    before, started = threads(pid), time.monotonic()
+    work()
+    seconds = time.monotonic() - started
+    return {kind: used - before.get(kind, 0) for kind, used in threads(pid).items()}, seconds
+
+
+def threads(pid: int) -> dict[str, float]:
     """Seconds of CPU that each kind of thread has used."""
-    used: Counter[str] = Counter()
+    used: dict[str, float] = {}
     for task in Path(f"/proc/{pid}/task").iterdir():
         kind = (task / "comm").read_text().strip().rstrip("0123456789")
-        used[kind] += int((task / "schedstat").read_text().split()[0]) / 1e9
+        nanoseconds = int((task / "schedstat").read_text().split()[0])
+        used[kind] = used.get(kind, 0.0) + nanoseconds / 1e9
     return used
-
-
-def scaled(used: Counter[str], by: float) -> Counter[str]:
-    """`used`, times `by`."""
-    return Counter({kind: value * by for kind, value in used.items()})
 
 
 def main() -> None:
