@@ -30,6 +30,7 @@ from klein.core import (
     Preview,
     Progress,
     RequestContext,
+    ignore_progress,
 )
 from klein.engine.engine import REFUSALS, Engine, EngineStats, QueueView, Running, State
 from klein.engine.pool import Entry, Pool, Worker
@@ -91,6 +92,7 @@ class _Flight:
             self.resolved,
             seconds=context.deadline - now,
             waited=now - context.submitted,
+            progress=context.on_progress is not ignore_progress,
             every=wanted.every if wanted else 0,
             decoded=wanted.decoded if wanted else 0,
         )

@@ -15,6 +15,7 @@ from klein.core import (
     PreviewRequest,
     Progress,
     RequestContext,
+    ignore_progress,
 )
 from klein.engine.engine import State
 from klein.errors import Cancelled, InternalError, KleinError
@@ -25,7 +26,7 @@ from klein.sources.cache import StoreStats
 
 log = logging.getLogger(__name__)
 
-PROGRESS_EVERY = 0.1
+PROGRESS_EVERY = 0.25
 """Seconds between two reports of progress that leave a replica: each costs the queue's process
 about a millisecond."""
 HEARTBEAT = 5.0
@@ -37,12 +38,14 @@ OVERTIME = 60.0
 @dataclass(frozen=True, slots=True)
 class Order:
     """A job on its way to a replica: what to draw, the `seconds` it may still take, those it has
-    `waited`, and how many previews to send, as in PreviewRequest."""
+    `waited`, whether somebody hears its progress, and how many previews to send, as in
+    PreviewRequest."""
 
     id: str
     resolved: Resolved
     seconds: float
     waited: float
+    progress: bool = True
     every: int = 0
     decoded: int = 0
 
@@ -156,7 +159,11 @@ def _context(order: Order, news: "asyncio.Queue[Progress | Preview | None]") -> 
     wanted = order.every or order.decoded
     previews = PreviewRequest(receive, order.every, order.decoded) if wanted else None
     return RequestContext(
-        now + order.seconds, order.id, on_progress, previews, submitted=now - order.waited
+        now + order.seconds,
+        order.id,
+        on_progress if order.progress else ignore_progress,
+        previews,
+        submitted=now - order.waited,
     )
 
 

@@ -254,6 +254,24 @@ def test_a_replica_that_falls_silent_loses_its_job(monkeypatch: pytest.MonkeyPat
     run(scenario, "a", "b")
 
 
+def test_progress_that_nobody_hears_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica, "PROGRESS_EVERY", 0.0)
+
+    async def scenario(generator: FleetGenerator, ways: InLoop) -> None:
+        send, sent = ways.draw, []
+
+        async def draw(worker: str, order: Order) -> AsyncIterator[Message]:
+            async for told in send(worker, order):
+                sent.append(told)
+                yield told
+
+        ways.draw = draw  # type: ignore[method-assign]
+        await start(generator)
+        assert len(sent) == 1
+
+    run(scenario, "a")
+
+
 def test_a_job_that_waits_on_its_replica_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """The replica says that it is still there, however long a step takes."""
     monkeypatch.setattr(fleets, "SILENCE", 0.2)

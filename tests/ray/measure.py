@@ -1,8 +1,8 @@
-"""What two replicas draw over one, and what the ingress costs: `python -m tests.ray.measure`.
-
-On two idle cores the first is about the machine's; on busy ones read the CPU beside it.
+"""`python -m tests.ray.measure throughput`: what two replicas draw over one, which needs two idle
+cores, or else is read by the CPU beside it; `… ingress`: what the ingress costs, and an empty one.
 """
 
+import argparse
 import os
 import statistics
 import tempfile
@@ -17,10 +17,10 @@ from ray import serve
 from tests.ray import empty
 from tests.ray.cluster import QUICK, Cluster, at_once, cpu_seconds, pids, running
 
-IMAGE = {"width": 256, "height": 256, "num_inference_steps": 40}
+IMAGE = {"width": 256, "height": 256, "num_inference_steps": 12}
 """About a second on one core: long beside what it costs to send it."""
-IMAGES = 24
-ROUNDS = 3
+IMAGES = 20
+ROUNDS = 2
 REQUESTS = 200
 CALLERS = 4
 
@@ -91,21 +91,28 @@ def threads(pid: int) -> dict[str, float]:
     return used
 
 
+def ingresses(cluster: Cluster) -> None:
+    """klein's and an empty one, in turn."""
+
+    def ask(path: str, number: int) -> None:
+        body = {"prompt": "a portrait", "seed": number, **QUICK}
+        answer: httpx.Response = cluster.client.post(f"{path}/generate_json", json=body)
+        answer.raise_for_status()
+
+    serve.run(empty.app({}), name="empty", route_prefix="/empty")
+    for _ in range(ROUNDS):
+        ingress("klein", lambda number: ask("", number), "klein")
+        ingress("empty", lambda number: ask("/empty", number), "empty")
+
+
 def main() -> None:
-    """Print both."""
+    """Print one of them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parts = {"throughput": throughput, "ingress": ingresses}
+    parser.add_argument("part", choices=parts)
+    part = parts[parser.parse_args().part]
     with tempfile.TemporaryDirectory() as home, running(Path(home)) as cluster:
-
-        def ask(path: str, number: int) -> None:
-            body = {"prompt": "a portrait", "seed": number, **QUICK}
-            answer: httpx.Response = cluster.client.post(f"{path}/generate_json", json=body)
-            answer.raise_for_status()
-
-        serve.run(empty.app({}), name="empty", route_prefix="/empty")
-        for _ in range(2):
-            ingress("klein", lambda number: ask("", number), "klein")
-            ingress("empty", lambda number: ask("/empty", number), "empty")
-        serve.delete("empty")
-        throughput(cluster)
+        part(cluster)
 
 
 if __name__ == "__main__":
