@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 
 from klein.entrypoints.cli.main import main
-from tests.ray.cluster import LONG, QUICK, until
+from tests.ray.cluster import QUICK, until
 from tests.support.live import ROOT, environment, free_port, post, process, wait_for
+
+SLOW = {"width": 256, "height": 256, "num_inference_steps": 100}
+"""An image of some seconds."""
 
 
 def test_it_serves_and_drains(tmp_path: Path) -> None:
@@ -32,7 +35,7 @@ def test_it_serves_and_drains(tmp_path: Path) -> None:
         assert "--port" in again.stderr
         assert "Traceback" not in again.stderr
         asked = [
-            pool.submit(post, f"{url}/generate_json", {"prompt": "a", **LONG}) for _ in range(6)
+            pool.submit(post, f"{url}/generate_json", {"prompt": "a", **SLOW}) for _ in range(6)
         ]
         until(lambda: _metric(url, "klein_queue_waiting") == 2)
         running.send_signal(signal.SIGTERM)
@@ -49,6 +52,18 @@ def _metric(url: str, name: str) -> float:
 
 
 @pytest.mark.parametrize("asked", ["0", "-1"])
-def test_replicas_are_counted_from_one(asked: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_replicas_are_counted_from_one(
+    asked: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODEL_ID", "nano")
     assert main(["serve", "--replicas", asked]) == 2
     assert "--replicas" in capsys.readouterr().err
+
+
+def test_each_replica_needs_its_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told before anything is fetched."""
+    monkeypatch.setenv("MODEL_ID", "black-forest-labs/FLUX.2-klein-base-9B")
+    assert main(["serve", "--replicas", "99"]) == 2
+    assert "99 replicas take a GPU each, and this machine has" in capsys.readouterr().err

@@ -22,7 +22,6 @@ def serve(args: argparse.Namespace) -> int:
     from klein.entrypoints import ray
 
     settings, machine = Settings.from_env(os.environ), Machine.probe(os.environ)
-    build.loader(settings, os.environ)
     gpus = len(machine.gpus)
     replicas = max(1, gpus) if args.replicas is None else args.replicas
     if replicas < 1:
@@ -33,6 +32,7 @@ def serve(args: argparse.Namespace) -> int:
             field="--replicas",
         )
     require_port(args.host, args.port)
+    build.loader(settings, os.environ)
     ray.run(replicas, args.host, args.port)
     return OK
 
