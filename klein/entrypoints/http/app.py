@@ -59,6 +59,7 @@ def create_app() -> FastAPI:
         description=PLAYGROUND,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would name a scheme and a host behind a proxy
         lifespan=_lifespan,
     )
     for room in ROOMS:

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from klein.app.generator import Generator
 from klein.entrypoints.http.errors import described, error_response
+from klein.entrypoints.http.limits import media_type
 from klein.errors import InvalidRequest, KleinError, LoraUnavailable
 from klein.lora.library import LoraLibrary
 from klein.lora.spec import LoraSpec
@@ -70,7 +71,7 @@ async def add_lora(request: Request) -> Response:
     try:
         _require_uploads(request)
         library = _library(request)
-        kind = request.headers.get("content-type", "").split(";")[0]
+        kind = media_type(request.headers)
         if kind == "application/json":
             spec, name = _reference(await request.body())
             return await _answer(request, partial(library.add_reference, spec, name))
