@@ -72,6 +72,13 @@ def test_every_route_wants_a_key(keyed: TestClient) -> None:
                 assert ask(headers=headers).status_code != 401
 
 
+def test_the_description_says_where_a_key_is_needed(keyed: TestClient) -> None:
+    """On every route but those that answer without."""
+    for path, methods in keyed.app.openapi()["paths"].items():  # type: ignore[attr-defined]
+        for operation in methods.values():
+            assert (operation["security"] == [{}]) is (path in OPEN_PATHS), path
+
+
 def test_uploads_need_a_key_with_that_right(keyed: TestClient) -> None:
     """403 for another; allowed keys go on to the next question."""
     answer = keyed.delete("/loras/x.safetensors", headers={"x-api-key": ANNA})
@@ -142,6 +149,7 @@ def test_other_origins_may_be_let_in() -> None:
         refused = made.get("/presets", headers=origin)
         assert refused.status_code == 401
         assert refused.headers["access-control-allow-origin"] == "https://app.example"
+        assert refused.headers["access-control-expose-headers"] == "*"
     with client() as made:
         assert "access-control-allow-origin" not in made.get("/presets", headers=origin).headers
 
