@@ -364,10 +364,8 @@ class JobRegistry:
 
 def _refusal(task: "asyncio.Task[Output]") -> KleinError | None:
     """Why a task that has just begun found no place."""
-    if not task.done():
+    if not task.done() or task.cancelled():
         return None
-    if task.cancelled():
-        return NotReady("klein is shutting down: try another worker")
     error = task.exception()
     return error if isinstance(error, KleinError) else None
 
