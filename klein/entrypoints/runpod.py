@@ -175,9 +175,14 @@ async def _post_progress(runpod_job: RunpodJob, update: dict[str, Any]) -> None:
 
 
 def start_worker() -> Worker:
-    """Load the model of the environment's settings; raises KleinError."""
+    """Load the model of the environment's settings; raises KleinError.
+
+    The SDK, whose import takes over a second, is imported while the weights are read.
+    """
     settings = Settings.from_env(os.environ)
     generator = build.generator(settings, build.loader(settings, os.environ))
+    import runpod  # noqa: F401
+
     generator.engine.wait_ready()
     return Worker(generator, _post_progress)
 
