@@ -221,7 +221,7 @@ class Generator:
 
 
 async def _within(context: RequestContext, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-    """`work` in one of `threads`. Whoever waits can leave at the deadline: the thread ends later."""
+    """`work` in one of `threads`. Whoever waits can leave at the deadline; it ends later."""
     loop = asyncio.get_running_loop()
     future = loop.run_in_executor(threads, copy_context().run, work)
     try:

@@ -194,8 +194,8 @@ def main() -> None:
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")  # its default prints whole results
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logs.setup(os.environ)
-    # While a model loads nothing is under way. The default would not do: a container's first process
-    # never hears of it. Afterwards the SDK has a handler of its own.
+    # While a model loads nothing is under way. The default would not do: the first process of a
+    # container never hears of it. Afterwards the SDK has a handler of its own.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(TERMINATED))
     try:
         worker = start_worker()

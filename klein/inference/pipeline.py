@@ -31,9 +31,9 @@ from klein.core import (
     Stage,
     Timings,
 )
+from klein.errors import LoraError
 from klein.inference import latents, memory, offload
 from klein.inference.adapters.merge import AdapterRequest, LoraMerger
-from klein.errors import LoraError
 from klein.inference.denoise import (
     Embeddings,
     Forward,
@@ -364,7 +364,7 @@ class _Drawing:
 
 @contextmanager
 def _blaming(reports: Sequence[LoraReport]) -> Iterator[None]:
-    """With LoRAs on the weights, steps that are not finite are theirs: raises LoraError for them."""
+    """With LoRAs on the weights, steps that are not finite are theirs: raises LoraError."""
     try:
         yield
     except NotFinite as error:

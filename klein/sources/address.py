@@ -12,7 +12,7 @@ HARMLESS = frozenset({"download", "format", "fp", "modelVersionId", "raw", "size
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _PIN = re.compile(r"sha256=[0-9a-fA-F]{64}")
 _UNICAST = ipaddress.IPv6Network("2000::/3")
-"""All that IANA gives out of IPv6 to hosts; what lies outside translates, tunnels or stays local."""
+"""What IANA gives out of IPv6 to hosts; all outside of it translates, tunnels or stays local."""
 _PROTOCOLS = ipaddress.IPv4Network("192.0.0.0/24")
 """Protocol addresses, which `ipaddress` does not count as private everywhere."""
 

@@ -334,7 +334,7 @@ def _write_ref(place: Path, ref: str, sha256: str, name: str) -> None:
 
 
 def _drop_oldest_refs(place: Path) -> None:
-    """Forget what references led to, from MAX_FILES on: of those that lead nowhere any more first."""
+    """Forget what references led to, above MAX_FILES: those that lead nowhere any more first."""
     entries = list((place / "refs").glob("*.json"))
     if len(entries) <= MAX_FILES:
         return

@@ -69,7 +69,7 @@ def test_a_bucket_that_stalls_stops_nobody_else(generator: Generator) -> None:
 
 @pytest.mark.parametrize("field", ["loras", "images"])
 def test_servers_that_drip_hold_up_nothing_that_is_at_hand(tmp_path: Path, field: str) -> None:
-    """However many are asked: a LoRA in the folder and a picture in the request are used at once."""
+    """However many are asked: a LoRA in the folder and a picture in a request are used at once."""
     over = threading.Event()
 
     def drip(connection: socket.socket) -> None:

@@ -501,9 +501,10 @@ def test_a_kill_leaves_no_tag_beside_another_files_bytes(
 
     with servers.serve(lambda _: (200, {"etag": '"new"'}, data)) as server:
         fetcher = Fetcher(frozenset({urlsplit(server.url).netloc}))
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Path, "open", killed)
+        monkeypatch.setattr(Path, "open", killed)
+        with pytest.raises(KeyboardInterrupt):
             fetcher.download(Offer(f"{server.url}/a"), part)
+        monkeypatch.undo()
         fetcher.download(Offer(f"{server.url}/a"), part)
         assert "range" not in server.seen[-1].headers
     assert part.read_bytes() == data
