@@ -55,7 +55,7 @@ SKEWED = b"<Error><Code>RequestTimeTooSkewed</Code><Message>m</Message></Error>"
     ("answer", "says"),
     [
         ((403, {}, SKEWED), r"answered 403 \(RequestTimeTooSkewed\) to a picture"),
-        ((301, {}, b"<Error><Code>PermanentRedirect</Code></Error>"), "301"),
+        ((301, {"x-amz-bucket-region": "eu-west-1"}, b"<Error/>"), "answered 301"),
         ((307, {"location": "http://127.0.0.1:1/"}, b""), "redirects without end"),
     ],
     ids=["clock", "moved", "loop"],
