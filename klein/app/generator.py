@@ -189,10 +189,11 @@ class Generator:
     async def _prepare(self, resolved: Resolved, context: RequestContext) -> Job:
         """`prepare` in a thread of its kind, then the filter."""
         with self._place():
-            fetch = partial(must_fetch, resolved, self.library)
-            fetches = await _within(context, self._threads, fetch)
             work = partial(prepare, resolved, context, self.library, self._fetcher)
-            job = await _within(context, self._fetching if fetches else self._threads, work)
+            at_hand = partial(_unless, partial(must_fetch, resolved, self.library), work)
+            job = await _within(context, self._threads, at_hand)
+            if job is None:
+                job = await _within(context, self._fetching, work)
             return await self.filter.check_request(job) if self.filter else job
 
     @contextmanager
@@ -218,6 +219,10 @@ class Generator:
         for threads in (self._threads, self._fetching):
             threads.shutdown(wait=False, cancel_futures=True)
         self.lanes.stop()
+
+
+def _unless(not_here: Callable[[], bool], work: Callable[[], T]) -> T | None:
+    return None if not_here() else work()
 
 
 async def _within(context: RequestContext, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
