@@ -10,6 +10,7 @@ import math
 import os
 import stat
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import IO
 
@@ -66,7 +67,7 @@ class Header:
         return {entry.name: entry.shape for entry in self.entries}
 
 
-def open_regular(path: Path) -> IO[bytes]:
+def open_regular(path: Path) -> BufferedReader:
     """`path` to read, if it is a file at all: a pipe or a device would keep its reader for ever.
     Raises OSError."""
     file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115

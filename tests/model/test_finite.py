@@ -96,7 +96,7 @@ def test_a_rank_far_above_the_layers_size_takes_no_square_of_it(
 ) -> None:
     """A file of a few megabytes whose factors' own products would take 160 GB."""
     rank, (rows, columns) = 200_000, SHAPES[LAYER]
-    up, down = np.zeros((rows, rank)), np.zeros((rank, columns))
+    up, down = np.zeros((rows, rank), np.float32), np.zeros((rank, columns), np.float32)
     up[0, -1] = down[-1, 0] = 0.5
     loras.write(
         lora_folder / "wide.safetensors",
