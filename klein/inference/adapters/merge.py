@@ -380,8 +380,8 @@ def _product_norm(up: Tensor, down: Tensor) -> Tensor:
     """|up · down| (Frobenius), from two rank × rank products where those are smaller."""
     up, down = up.float(), down.float()
     if len(down) > min(len(up), down.shape[1]):
-        whole: Tensor = up @ down
-        return torch.linalg.vector_norm(whole)
+        norm: Tensor = torch.linalg.vector_norm(up @ down)
+        return norm
     return ((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt()
 
 
