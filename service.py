@@ -97,6 +97,7 @@ class BorderedService(bentoml.Service[T]):  # type: ignore[misc]
         app: Starlette = super().to_asgi(is_main)
         kept = [each for each in app.user_middleware if each.cls is not TimeoutMiddleware]
         app.user_middleware = kept
+        app.router.redirect_slashes = False
         app.add_exception_handler(HTTPException, on_http_exception)  # type: ignore[arg-type]
         app.add_exception_handler(Exception, on_bug)
         app.add_middleware(Border, routes=route_paths(APP, app))

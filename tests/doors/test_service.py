@@ -256,9 +256,11 @@ def test_loras_over_http(client: TestClient, folder: Path) -> None:
     junk = client.post("/loras?name=c.safetensors", content=b"junk")
     assert (junk.status_code, junk.json()["error"]["code"]) == (422, "lora_failed")
     assert client.post("/loras", content=data).json()["error"]["field"] == "name"
-    local = client.post("/loras", json={"path": "a.safetensors", "name": "copy.safetensors"})
+    named = {"path": "a.safetensors", "name": "copy.safetensors", "weight_name": None}
+    local = client.post("/loras", json=named)
     assert local.json()["name"] == "copy.safetensors"
-    assert "owner/repo" in client.post("/loras", json={"url": "x"}).json()["error"]["message"]
+    for wrong in ({"url": "x"}, {"path": 5}, {"path": "x", "revision": {}}, {"path": "x", "z": ""}):
+        assert "owner/repo" in client.post("/loras", json=wrong).json()["error"]["message"]
     assert client.delete("/loras/a.safetensors").json() == {"removed": "a.safetensors"}
     assert client.delete("/loras/a.safetensors").status_code == 422
     assert client.delete("/loras/../../etc/passwd").status_code in (404, 422)

@@ -65,6 +65,8 @@ def error_response(
     """The one shape of klein's own errors; `retry_after` is in seconds."""
     seconds = math.ceil(max(1.0, RETRY_SECONDS if retry_after is None else retry_after))
     headers = {"retry-after": str(seconds)} if error.retryable else {}
+    if error.code is ErrorCode.UNAUTHORIZED:
+        headers["www-authenticate"] = "Bearer"
     return ErrorResponse(error.as_dict(request_id), http_status(error.code), headers)
 
 
