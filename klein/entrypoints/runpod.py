@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -34,6 +35,8 @@ PROGRESS_EVERY = 1.0
 """Seconds between two progress posts of a job."""
 POST_SECONDS = 5.0
 """Of one post; a platform that hangs does not withhold a finished image."""
+TERMINATED = 128 + signal.SIGTERM
+"""What a program ended by SIGTERM exits with."""
 
 
 class Worker:
@@ -196,6 +199,9 @@ def main() -> None:
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")  # its default prints whole results
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logs.setup(os.environ)
+    # While a model loads nothing is under way. The default would not do: the first process of a
+    # container never hears of it. Afterwards the SDK has a handler of its own.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(TERMINATED))
     try:
         worker = start_worker()
     except KleinError as error:

@@ -339,6 +339,17 @@ def test_paths_that_nobody_serves_share_a_label(client: TestClient) -> None:
     assert endpoints >= {"/{unknown}", "/jobs/{id}", "/loras/{name:path}", "/v1/models/{id:path}"}
 
 
+def test_metrics_that_break_are_answered(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once and in klein's shape: within BentoML's timeout, which klein takes out, a caller of a
+    route that raises would wait for 16 minutes."""
+    patient = TestClient(client.app, raise_server_exceptions=False)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/nowhere")  # somebody cleaned /tmp
+    answer = patient.get("/metrics")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal")
+
+
 @pytest.mark.parametrize("name", [b"content-type", b"user-agent", b"traceparent", b"baggage"])
 @pytest.mark.parametrize("value", [b"\xff", b"\xff\\x", b"\xff\\u", b"\xc3("])
 def test_header_bytes_that_are_no_text(client: TestClient, name: bytes, value: bytes) -> None:
