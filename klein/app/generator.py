@@ -26,6 +26,7 @@ from klein.core import (
     PreviewRequest,
     Progress,
     RequestContext,
+    ignore_progress,
     ignore_stage,
     new_id,
 )
@@ -93,7 +94,7 @@ class Generator:
     def context(
         self,
         id: str = "",
-        on_progress: Callable[[Progress], None] = lambda _: None,
+        on_progress: Callable[[Progress], None] = ignore_progress,
         previews: PreviewRequest | None = None,
     ) -> RequestContext:
         """A context whose deadline is KLEIN_TIMEOUT from now; without `id` it makes its own."""

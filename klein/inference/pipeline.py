@@ -410,7 +410,7 @@ def _info(parts: Parts, plan: Plan, settings: Settings, attention: str) -> Model
         transformer=plan.checkpoint.name if plan.checkpoint else None,
         versions={
             "klein": __version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # else a class of torch's, which to unpickle loads it
             "diffusers": diffusers.__version__,
             "transformers": transformers.__version__,
         },
