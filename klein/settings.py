@@ -231,6 +231,13 @@ class Settings:
     queue_size: int = _setting(
         "KLEIN_QUEUE_SIZE", 8, _number(int, 1, 1000), "jobs that may wait; more are refused at once"
     )
+    jobs_per_key: int = _setting(
+        "KLEIN_JOBS_PER_KEY",
+        0,
+        _number(int, 0, 1000),
+        "jobs that one key may have under way; 0: half of `KLEIN_QUEUE_SIZE` where there are "
+        "several keys, and no bound where there is one",
+    )
     timeout: float = _setting(
         "KLEIN_TIMEOUT", 900.0, _number(float, 1, 86400), "seconds a job may take, waiting included"
     )
