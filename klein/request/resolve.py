@@ -1,14 +1,14 @@
 """From a request to parameters. Pure: the model's row and the random source are passed in."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 from klein.core import Delivery, GenerationParams
 from klein.errors import InvalidRequest
-from klein.lora.spec import SCALE_RANGE, LoraSpec
-from klein.models import sizes
+from klein.lora.spec import SCALE_RANGE, BlockWeights, LoraSpec, block_names, deciding
+from klein.models import layers, sizes
 from klein.models.catalog import ModelSpec
 from klein.models.sizes import Size
 from klein.request import edit
@@ -42,18 +42,21 @@ def resolve(
     *,
     prompt_loras: bool = False,
     base_loras: tuple[LoraSpec, ...] = (),
+    speed: str = "",
+    speeds: Collection[str] = (),
 ) -> Resolved:
     """Fill what `request` leaves open: its own values first, then a distilled model's, then the
-    preset's. Raises InvalidRequest for a size no picture can have, and for fields that do not go
-    together.
+    preset's. Raises InvalidRequest for a size no picture can have, for fields that do not go
+    together, and for a speed or layers that this model does not have.
 
     With `prompt_loras`, `<lora:name:0.8>` in the prompt is a LoRA and is taken out of it.
-    `base_loras` come first, whatever the request says.
+    `base_loras` come first, whatever the request says. `speed` is the server's own, `speeds` are
+    all that a request may name.
     """
     preset = PRESETS[request.preset or DEFAULT_PRESET]
     warnings: list[str] = []
     prompt, named = _prompt_loras(request.prompt) if prompt_loras else (request.prompt, ())
-    loras = (*_loras(request, warnings), *named)
+    loras = (*_loras(request, model, warnings), *named)
     if len(loras) > MAX_LORAS:
         raise InvalidRequest(f"loras: {len(loras)} are too many, {MAX_LORAS} are the most")
     loras = _with_base(loras, base_loras, warnings)
@@ -85,6 +88,7 @@ def resolve(
         sampler=_first(request.sampler, preset.sampler),
         schedule=_first(request.schedule, preset.schedule),
         max_sequence_length=_sequence(request, preset, model, warnings),
+        speed=_speed(request.speed, speed, speeds),
         **edit.settings(request),
     )
     delivery = Delivery(request.output_format, request.output_quality, request.return_type)
@@ -109,6 +113,17 @@ def _steps(request: GenerateRequest, preset: Preset, model: ModelSpec) -> int:
             field="num_inference_steps",
         )
     return len(request.schedule)
+
+
+def _speed(asked: str | None, own: str, offered: Collection[str]) -> str:
+    """The tier that draws; raises InvalidRequest for one that this server cannot be asked for."""
+    if asked is None or asked == own or asked in offered:
+        return asked or own
+    raise InvalidRequest(
+        f"speed: {asked!r} cannot be had here: this server was started as {own or 'another tier'}, "
+        f"and its weights also serve {', '.join(x for x in offered if x != own) or 'nothing else'}",
+        field="speed",
+    )
 
 
 def _with_base(
@@ -180,8 +195,13 @@ def _sequence(
     return min(wanted, model.max_sequence_length)
 
 
-def _loras(request: GenerateRequest, warnings: list[str]) -> tuple[LoraSpec, ...]:
-    specs = [LoraSpec(**lora.model_dump()) for lora in request.loras]
+def _loras(request: GenerateRequest, model: ModelSpec, warnings: list[str]) -> tuple[LoraSpec, ...]:
+    specs = [
+        LoraSpec(**lora.model_dump() | {"block_weights": tuple(lora.block_weights.items())})
+        for lora in request.loras
+    ]
+    for number, spec in enumerate(specs):
+        _require_layers(f"loras.{number}.block_weights", spec.block_weights, model)
     if request.lora_path:
         specs.append(LoraSpec(request.lora_path, request.lora_scale))
     elif request.lora_scale not in (None, 1.0):
@@ -189,6 +209,18 @@ def _loras(request: GenerateRequest, warnings: list[str]) -> tuple[LoraSpec, ...
             "lora_scale has no effect without lora_path: in `loras` each entry has its own scale"
         )
     return tuple(specs)
+
+
+def _require_layers(field: str, block_weights: BlockWeights, model: ModelSpec) -> None:
+    """Raise InvalidRequest for a pattern that no layer of the model matches."""
+    names = layers.modules(model.double_blocks, model.single_blocks) if block_weights else []
+    for pattern, weight in block_weights:
+        if not any(deciding(((pattern, weight),), name) for name in names):
+            raise InvalidRequest(
+                f"{field}: {pattern!r} matches no layer of {model.name}; it has "
+                f"{block_names(names)}, and in them such as attn.to_q and ff.linear_in",
+                field=field,
+            )
 
 
 _IN_PROMPT = re.compile(r"<lora:([^:<>]+)(?::([^:<>]*))?>")
