@@ -41,8 +41,6 @@ from klein.inference.offload import ModelOffloader
 from klein.inference.preview import LinearMap, Previews
 from klein.inference.references import ImageEncoder
 from klein.inference.text import PromptEncoder
-from klein.lora.file import LoraFile
-from klein.lora.spec import block_names, unreached
 from klein.models import sizes
 from klein.models.plan import Plan
 from klein.models.samplers import DEFAULT_SAMPLER, SAMPLERS, Sampler
@@ -200,7 +198,7 @@ class KleinPipeline:
             drawing = _Drawing(job, run, text, references, loras, parts.denoiser)
             images = tuple(self._draw(drawing, i, clock) for i in range(params.num_images))
             clock.leave()
-        warnings += _lora_warnings(job, loras.reports, run.steps)
+        warnings += loras.warnings()
         return GenerationResult(
             id=job.context.id,
             params=params,
@@ -395,36 +393,6 @@ def _run(
         skipping=skipping,
         changes=changes,
     )
-
-
-def _lora_warnings(job: Job, reports: Sequence[LoraReport], steps: int) -> Iterator[str]:
-    """What is to be said of the LoRAs of a job whose runs had so many steps."""
-    for spec, file, report in zip(job.params.loras, job.loras, reports, strict=True):
-        if report.error:
-            yield f"DRAWN WITHOUT A LORA: {report.error}"
-            continue
-        if not report.relative_change:
-            why = "it is zero everywhere"
-            scales = [x for _, x in spec.scale] if isinstance(spec.scale, tuple) else [spec.scale]
-            if all(abs(x or 0.0) < 0.005 for x in scales):  # nor is it known to be zero
-                why = "its scale is " + ", ".join(f"{x or 0.0:g}" for x in scales)
-            yield f"LoRA {report.path!r} changes nothing: {why}"
-        for fraction, scale in unreached(spec.scale or 0.0, steps):
-            yield (
-                f"LoRA {report.path!r} is at scale {scale:g} in no step: {steps} steps are too few "
-                f"for a point at {fraction:g}"
-            )
-        if isinstance(file, LoraFile) and (idle := _idle(report)):
-            layers = (name for patch in file.patches for name in patch.modules)
-            yield (
-                f"block_weights of LoRA {report.path!r}: {idle} decides for none of its layers; "
-                f"they are in {block_names(layers)}"
-            )
-
-
-def _idle(report: LoraReport) -> str:
-    """The patterns that decided for no layer."""
-    return ", ".join(repr(pattern) for pattern, n in report.block_layers.items() if not n)
 
 
 def _skips_none(sampler: Sampler, steps: int) -> str | None:

@@ -1,11 +1,13 @@
 """The LoRAs of a job over its runs: merged at the start, and again where a scale changes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from klein.core import Job, LoraReport
 from klein.inference.adapters.merge import AdapterRequest
 from klein.lora import spec
+from klein.lora.file import LoraFile
+from klein.lora.spec import LoraSpec
 from klein.sources.address import redacted
 
 Apply = Callable[[Sequence[AdapterRequest]], list[LoraReport]]
@@ -47,6 +49,38 @@ class JobLoras:
                 replace(report, scale=each.scale or 0.0)
                 for report, each in zip(made, self._specs, strict=True)
             ]
+
+    def warnings(self) -> Iterator[str]:
+        """What a caller is to be told of what they did."""
+        for each, file, report in zip(self._specs, self._files, self.reports, strict=True):
+            if report.error:
+                yield f"DRAWN WITHOUT A LORA: {report.error}"
+                continue
+            if not report.relative_change:
+                yield f"LoRA {report.path!r} changes nothing: {_why_nothing(each, report)}"
+            for fraction, scale in spec.unreached(report.scale, self._steps):
+                yield (
+                    f"LoRA {report.path!r} acts in no step at {scale:g}, its scale from "
+                    f"{fraction:g} on: {self._steps} steps are too few"
+                )
+            idle = [pattern for pattern, count in report.block_layers.items() if not count]
+            if idle and isinstance(file, LoraFile):
+                layers = (name for patch in file.patches for name in patch.modules)
+                yield (
+                    f"block_weights of LoRA {report.path!r}: {', '.join(map(repr, idle))} decides "
+                    f"for none of its layers, which are in {spec.block_names(layers)}"
+                )
+
+
+def _why_nothing(asked: LoraSpec, report: LoraReport) -> str:
+    """Why a LoRA that was applied left the weights as they are."""
+    if isinstance(report.scale, float) and abs(report.scale) < 0.005:  # nor is it known to be zero
+        return f"its scale is {report.scale:g}"
+    if report.effective_scale == 0 and asked.block_weights:
+        return "its scale and block weights leave nothing of it"
+    if report.effective_scale == 0 and isinstance(report.scale, tuple):
+        return "its scale is 0 in every step"
+    return "it is zero everywhere"
 
 
 def _together(old: LoraReport, new: LoraReport) -> LoraReport:
