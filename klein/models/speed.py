@@ -140,6 +140,7 @@ OPTIONS: dict[str, Option] = {
             f"after {STEP_SKIPPING.first} steps only every other one and the last are computed, "
             f"in runs of {_SKIPS_FROM}",
             excludes=("distilled",),
+            capability=(0, 0),
             per_run=True,
         ),
     )

@@ -47,19 +47,16 @@ def resolve(
 ) -> Resolved:
     """Fill what `request` leaves open: its own values first, then a distilled model's, then the
     preset's. Raises InvalidRequest for a size no picture can have, for fields that do not go
-    together, and for a speed or layers that this model does not have.
+    together, and for a speed or layers that are not there.
 
     With `prompt_loras`, `<lora:name:0.8>` in the prompt is a LoRA and is taken out of it.
     `base_loras` come first, whatever the request says. `speed` is the server's own, `speeds` are
-    all that a request may name.
+    those that it serves; without any a request may name what it will.
     """
     preset = PRESETS[request.preset or DEFAULT_PRESET]
     warnings: list[str] = []
     prompt, named = _prompt_loras(request.prompt) if prompt_loras else (request.prompt, ())
-    loras = (*_loras(request, model, warnings), *named)
-    if len(loras) > MAX_LORAS:
-        raise InvalidRequest(f"loras: {len(loras)} are too many, {MAX_LORAS} are the most")
-    loras = _with_base(loras, base_loras, warnings)
+    loras = _with_base((*_loras(request, model, warnings), *named), base_loras, warnings)
     if preset.turbo and not model.distilled and not any(map(_is_turbo, loras)):
         warnings.append(
             f"preset {preset.name} is for a base model with a turbo LoRA on, and no LoRA here is "
@@ -117,11 +114,11 @@ def _steps(request: GenerateRequest, preset: Preset, model: ModelSpec) -> int:
 
 def _speed(asked: str | None, own: str, offered: Collection[str]) -> str:
     """The tier that draws; raises InvalidRequest for one that this server cannot be asked for."""
-    if asked is None or asked == own or asked in offered:
+    if asked is None or not offered or asked in (own, *offered):
         return asked or own
+    others = ", ".join(name for name in offered if name != own) or "nothing else"
     raise InvalidRequest(
-        f"speed: {asked!r} cannot be had here: this server was started as {own or 'another tier'}, "
-        f"and its weights also serve {', '.join(x for x in offered if x != own) or 'nothing else'}",
+        f"speed: {asked!r} cannot be had here: this server draws in {own} and also has {others}",
         field="speed",
     )
 
@@ -130,10 +127,12 @@ def _with_base(
     loras: tuple[LoraSpec, ...], base: tuple[LoraSpec, ...], warnings: list[str]
 ) -> tuple[LoraSpec, ...]:
     """The LoRAs that are always on, then a request's others."""
+    if len(loras) > MAX_LORAS:
+        raise InvalidRequest(f"loras: {len(loras)} are too many, {MAX_LORAS} are the most")
     fixed = {redacted(lora.path): lora.scale for lora in base}
     for lora in loras:
         name = redacted(lora.path)
-        if lora.scale != fixed.get(name, lora.scale):
+        if name in fixed and (lora.scale != fixed[name] or lora.block_weights):
             warnings.append(f"{name} is always on here at scale {fixed[name]:g}, whatever is asked")
     return (*base, *(lora for lora in loras if redacted(lora.path) not in fixed))
 
