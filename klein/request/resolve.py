@@ -57,11 +57,7 @@ def resolve(
     warnings: list[str] = []
     prompt, named = _prompt_loras(request.prompt) if prompt_loras else (request.prompt, ())
     loras = _with_base((*_loras(request, model, warnings), *named), base_loras, warnings)
-    if preset.turbo and not model.distilled and not any(map(_is_turbo, loras)):
-        warnings.append(
-            f"preset {preset.name} is for a base model with a turbo LoRA on, and no LoRA here is "
-            "called one: without it images are blurred"
-        )
+    warnings += _turbo_warning(preset, model, loras)
     edit.check_combination(request)
     own = sizes.scale_to(preset.width, preset.height, model.native_size)
     sources = edit.sources(request, own[0] * own[1], model)
@@ -135,6 +131,16 @@ def _with_base(
         if name in fixed and (lora.scale != fixed[name] or lora.block_weights):
             warnings.append(f"{name} is always on here at scale {fixed[name]:g}, whatever is asked")
     return (*base, *(lora for lora in loras if redacted(lora.path) not in fixed))
+
+
+def _turbo_warning(preset: Preset, model: ModelSpec, loras: tuple[LoraSpec, ...]) -> list[str]:
+    """What to say of a preset for turbo LoRAs where none is on."""
+    if not preset.turbo or model.distilled or any(map(_is_turbo, loras)):
+        return []
+    return [
+        f"preset {preset.name} is for a base model with a turbo LoRA on, and no LoRA here is "
+        "called one: without it images are blurred"
+    ]
 
 
 def _is_turbo(lora: LoraSpec) -> bool:

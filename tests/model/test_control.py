@@ -50,26 +50,24 @@ def _drawn(pipe: KleinPipeline, speed: str, **values: Any) -> GenerationResult:
 
 
 def test_a_request_draws_as_a_server_of_its_tier() -> None:
-    """One that holds float8 copies and originals serves all tiers in any order, with LoRAs and
-    without, bit for bit; and so does one without float8."""
-    asked: list[dict[str, Any]] = [{}, {"loras": [{"path": ZIBBO}]}]
-    expected = {}
-    for tier in TIERS:
-        server = load("nano", LORAS, KLEIN_SPEED=tier)
-        for number, values in enumerate(asked):
-            expected[tier, number] = _bytes(_drawn(server, "", **values))
-    assert len({image for (image,) in expected.values()}) > 6
-    fast = load("nano", LORAS, KLEIN_SPEED="fast")
-    assert fast.info.speeds == tuple(TIERS)
-    exact = load("nano", LORAS, KLEIN_SPEED="exact")
-    for pipe in (fast, exact):
-        for tier in (*pipe.info.speeds, *reversed(pipe.info.speeds)):
-            for number, values in enumerate(asked):
-                made = _drawn(pipe, tier, **values)
-                assert _bytes(made) == expected[tier, number], (pipe.info.speed, tier, number)
-                assert (made.model.speed, made.model.speed_options) == (tier, TIERS[tier].options)
-                skips = "step_skipping" in TIERS[tier].options
-                assert made.forwards == (STEP_SKIPPING.computed(15) if skips else 15)
+    """One that holds float8 copies and originals serves all tiers in any order, one without float8
+    those without it, and LoRAs come and go: bit for bit."""
+    zibbo: dict[str, Any] = {"loras": [{"path": ZIBBO}]}
+    expected = {
+        tier: _bytes(_drawn(load("nano", LORAS, KLEIN_SPEED=tier), "", **zibbo)) for tier in TIERS
+    }
+    assert len({image for (image,) in expected.values()}) > 4
+    for server, order in (("fast", ("fast", *reversed(TIERS))), ("exact", list(TIERS)[:4])):
+        pipe = load("nano", LORAS, KLEIN_SPEED=server)
+        before = _bytes(_drawn(pipe, server))
+        assert set(pipe.info.speeds) == set(order)
+        for tier in order:
+            made = _drawn(pipe, tier, **zibbo)
+            assert _bytes(made) == expected[tier], (server, tier)
+            assert (made.model.speed, made.model.speed_options) == (tier, TIERS[tier].options)
+            skips = "step_skipping" in TIERS[tier].options
+            assert made.forwards == (STEP_SKIPPING.computed(15) if skips else 15)
+        assert _bytes(_drawn(pipe, server)) == before
 
 
 # -- a scale over the run --------------------------------------------------------------------------
@@ -99,6 +97,7 @@ def test_each_piece_draws_as_a_scale_of_its_own(
     both = with_loras(KleinPipeline(parts, *planned(tiny_folder), ""), lora_folder)
     values = {"num_inference_steps": 5, "guidance_scale": 1}
     expected = drawer(both)(**values)
+    draw()
     made = draw(**values, loras=[{"path": A, "scale": [[0, before], [0.6, after]]}])
     assert _bytes(made) == _bytes(expected)
     (report,) = made.loras
@@ -114,7 +113,7 @@ RUN: dict[str, Any] = {
     "num_inference_steps": 6,
     "loras": [
         {"path": A, "scale": [[0, 0], [0.5, 1]]},
-        {"path": B, "scale": [[0, -0.5], [0.34, 0.25]], "block_weights": {"*.ff.*": 0}},
+        {"path": B, "scale": [[0, -0.5], [0.33, 0.25]], "block_weights": {"*.ff.*": 0}},
     ],
 }
 
