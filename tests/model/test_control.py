@@ -56,7 +56,7 @@ def test_a_request_draws_as_a_server_of_its_tier() -> None:
     expected = {
         tier: _bytes(_drawn(load("nano", LORAS, KLEIN_SPEED=tier), "", **zibbo)) for tier in TIERS
     }
-    assert len({image for (image,) in expected.values()}) > 4
+    assert len({image for (image,) in expected.values()}) >= 4
     for server, order in (("fast", ("fast", *reversed(TIERS))), ("exact", list(TIERS)[:4])):
         pipe = load("nano", LORAS, KLEIN_SPEED=server)
         before = _bytes(_drawn(pipe, server))
