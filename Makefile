@@ -106,6 +106,7 @@ lock: $(VENV)/.test
 	$(BIN)/uv $(UV_LOCK) $(UPGRADE) requirements.txt --no-emit-package torch -o requirements.lock
 	grep '^torch==' requirements.txt >>requirements.lock
 	$(BIN)/uv $(UV_LOCK) $(UPGRADE) requirements-dev.txt -c requirements.lock -o requirements-dev.lock
+	sed -n '/^uv==/,/[^\\]$$/p' requirements-dev.lock >docker/uv.lock
 	$(BIN)/uv $(UV_LOCK) $(UPGRADE) requirements-ray.txt -c requirements.lock -o requirements-ray.lock
 
 # BUNDLE="--image klein:local" tries an image that is there already; see tests/bundle/image.py

@@ -32,10 +32,20 @@ from klein.core import (
     Stage,
     Timings,
 )
+from klein.errors import LoraError
 from klein.inference import latents, memory, offload
 from klein.inference.adapters.merge import AdapterRequest, LoraMerger
 from klein.inference.adapters.over_run import JobLoras
-from klein.inference.denoise import Embeddings, Forward, Run, Step, Tokens, denoise, noise_levels
+from klein.inference.denoise import (
+    Embeddings,
+    Forward,
+    NotFinite,
+    Run,
+    Step,
+    Tokens,
+    denoise,
+    noise_levels,
+)
 from klein.inference.inpaint import Keep, Start, token_mask
 from klein.inference.offload import ModelOffloader
 from klein.inference.preview import LinearMap, Previews
@@ -196,7 +206,8 @@ class KleinPipeline:
             references = self._encoder.references(job.inputs.references)
             self._choose_tiling(params, faster, low_memory, warnings)
             drawing = _Drawing(job, run, text, references, loras, parts.denoiser)
-            images = tuple(self._draw(drawing, i, clock) for i in range(params.num_images))
+            with _blaming(loras):
+                images = tuple(self._draw(drawing, i, clock) for i in range(params.num_images))
             clock.leave()
         warnings += loras.warnings()
         return GenerationResult(
@@ -357,6 +368,18 @@ class _Drawing:
     references: Tokens | None
     loras: JobLoras
     denoiser: Forward
+
+
+@contextmanager
+def _blaming(loras: JobLoras) -> Iterator[None]:
+    """With LoRAs on the weights, steps that are not finite are theirs: raises LoraError."""
+    try:
+        yield
+    except NotFinite as error:
+        named = ", ".join(repr(one.path) for one in loras.reports if one.applied)
+        if not named:
+            raise
+        raise LoraError(f"LoRA {named}: with it {error}") from error
 
 
 def _levels(params: GenerationParams) -> tuple[float | None, tuple[float, ...]]:
