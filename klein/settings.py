@@ -144,9 +144,9 @@ class Settings:
     speed: str = _setting(
         "KLEIN_SPEED",
         "auto",
-        _choice("auto", "eager", "exact", "fast", "turbo"),
+        _choice("auto", "eager", "eager_skipping", "exact", "exact_skipping", "fast", "turbo"),
         "the tier: `auto` (`exact` on a GPU, `fast` there with float8 weights, `eager` without), "
-        "`eager`, `exact`, `fast` or `turbo`",
+        "`eager`, `eager_skipping`, `exact`, `exact_skipping`, `fast` or `turbo`",
     )
     attention: str = _setting(
         "KLEIN_ATTENTION",

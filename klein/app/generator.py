@@ -108,12 +108,15 @@ class Generator:
     def resolve(self, request: GenerateRequest) -> Resolved:
         """Decide what will be drawn; raises InvalidRequest, or NotReady before a model is there."""
         require_bucket(request.return_type, self.bucket)
+        info = self.engine.pipeline.info
         return resolve(
             request,
-            self.engine.pipeline.info.spec,
+            info.spec,
             lambda: secrets.randbelow(2**32),
             prompt_loras=self.settings.prompt_loras,
             base_loras=tuple(LoraSpec(*named) for named in self.settings.base_loras),
+            speed=info.speed,
+            speeds=info.speeds,
         )
 
     async def run(self, request: GenerateRequest, context: RequestContext) -> Generated:
@@ -123,7 +126,7 @@ class Generator:
         """
         with self._account(context.id) as account, self._share():
             resolved = self.resolve(request)
-            account.params, account.speed = resolved.params, self.engine.pipeline.info.speed
+            account.params, account.speed = resolved.params, resolved.params.speed
             account.result = await self._run(resolved, context)
             return Generated(account.result, resolved.delivery, self.marks)
 
