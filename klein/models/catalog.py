@@ -63,7 +63,9 @@ class Peak:
 LOW_MEMORY = "low_memory"
 PEAKS: dict[str, Peak] = {
     "eager": Peak(0.1 * GB, 2.6 * GB),
+    "eager_skipping": Peak(0.1 * GB, 2.6 * GB),
     "exact": Peak(0.3 * GB, 1.8 * GB),
+    "exact_skipping": Peak(0.3 * GB, 1.8 * GB),
     "fast": Peak(0.3 * GB, 1.6 * GB),
     "turbo": Peak(0.3 * GB, 1.6 * GB),
     LOW_MEMORY: Peak(0.3 * GB, 0.9 * GB),

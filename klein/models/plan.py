@@ -67,6 +67,21 @@ class Plan:
         return "cpu" if self.acceleration.has("float8") and not self.originals_fit else self.read_to
 
     @property
+    def has_originals(self) -> bool:
+        """Whether the block linears' full weights are on the device that draws."""
+        return not self.acceleration.has("float8") or (
+            self.originals_fit and not _is_float8(self.checkpoint)
+        )
+
+    @property
+    def tiers(self) -> dict[str, Acceleration]:
+        """What a request may choose from, by the tiers' names; the server's own is among them."""
+        situation = speed.situation(
+            self.offload, distilled=self.spec.distilled, float8=_is_float8(self.checkpoint)
+        )
+        return speed.offered(self.acceleration, situation, originals=self.has_originals)
+
+    @property
     def keeps_float8(self) -> bool:
         """Whether the checkpoint's float8 weights act as they are; if not, they are made bfloat16
         while they are read."""
@@ -284,7 +299,7 @@ def place(
     if fitting is None:
         least = needs[allowed[-1]]
         hint = "; KLEIN_OFFLOAD=auto would decide by itself" if settings.offload != "auto" else ""
-        if settings.speed not in ("auto", "eager"):
+        if settings.speed != "auto" and speed.excludes(tier, {"sequential"}):
             hint = f"; KLEIN_SPEED={settings.speed} needs them at hand, KLEIN_SPEED=auto does not"
         raise ModelUnavailable(
             f"{spec.name} needs {_gb(least)} of GPU memory with offload {allowed[-1]!r}, and "
