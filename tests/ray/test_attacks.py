@@ -131,6 +131,17 @@ def test_a_job_that_waits_is_cancelled_at_once(cluster: Cluster) -> None:
     until(is_idle(cluster), 5)
 
 
+def test_the_ingress_stays_when_replicas_change(cluster: Cluster) -> None:
+    """A change of a replica's entry is not one of the ingress."""
+    cluster.wait(2)
+    before = pids("Ingress")
+    cluster.deploy({"num_replicas": 3})
+    cluster.wait(3)
+    cluster.deploy({})
+    cluster.wait(2)
+    assert pids("Ingress") == before
+
+
 def test_a_full_queue_and_two_keys(cluster: Cluster) -> None:
     """The queue refuses with 429 and Retry-After; a key with two jobs does not wait for all of the
     jobs of one with many."""
@@ -168,14 +179,3 @@ def test_a_full_queue_and_two_keys(cluster: Cluster) -> None:
     cluster.deploy({})
     until(lambda: not before & set(pids("Ingress")), 90)
     until(lambda: cluster.client.get("/loras").status_code == 200, 60)
-
-
-def test_the_ingress_stays_when_replicas_change(cluster: Cluster) -> None:
-    """A change of a replica's entry is not one of the ingress."""
-    cluster.wait(2)
-    before = pids("Ingress")
-    cluster.deploy({"num_replicas": 3})
-    cluster.wait(3)
-    cluster.deploy({})
-    cluster.wait(2)
-    assert pids("Ingress") == before
