@@ -137,6 +137,7 @@ def test_the_ingress_stays_when_replicas_change(cluster: Cluster) -> None:
     before = pids("Ingress")
     cluster.deploy({"num_replicas": 3})
     cluster.wait(3)
+    cluster.deploy({"num_replicas": None, "autoscaling_config": {"min_replicas": 2}})
     cluster.deploy({})
     cluster.wait(2)
     assert pids("Ingress") == before
@@ -163,6 +164,7 @@ def test_a_full_queue_and_two_keys(cluster: Cluster) -> None:
     until(lambda: ask("many").status_code == 200, 60)
     until(lambda: not old & set(pids("Replica")), 90)
     order.clear()
+    cluster.client.headers["authorization"] = f"Bearer {KEYS['few']}"  # of metrics too
     with concurrent.futures.ThreadPoolExecutor(40) as pool:
         many = [pool.submit(ask, "many") for _ in range(10)]
         until(lambda: cluster.metric("klein_queue_waiting") == 6)
@@ -176,6 +178,7 @@ def test_a_full_queue_and_two_keys(cluster: Cluster) -> None:
     assert int(full.headers["retry-after"]) >= 1
     assert full.json()["error"]["code"] == "queue_full"
     before = {*pids("Ingress")}
+    del cluster.client.headers["authorization"]
     cluster.deploy({})
     until(lambda: not before & set(pids("Ingress")), 90)
     until(lambda: cluster.client.get("/loras").status_code == 200, 60)
