@@ -201,7 +201,9 @@ def prepare(args: argparse.Namespace, device: str) -> None:
         make(model, args.geometry, device)
     if not packed.is_dir():
         started = time.monotonic()
-        parts = pack(locate_model(Settings(model_id=str(model))), packed, float8=True)
+        parts = pack(
+            locate_model(Settings(model_id=str(model))), packed, float8=True, float8_text=True
+        )
         size = sum(part.size for part in parts) / GB
         print(f"packed: {size:.1f} GB in {time.monotonic() - started:.0f} s", flush=True)
 

@@ -130,6 +130,16 @@ OPTIONS: dict[str, Option] = {
             capability=(8, 9),
         ),
         Option(
+            "float8_text",
+            False,
+            "so do those of the text encoder, whose weights are kept in float8 alone; "
+            "`KLEIN_TEXT_ENCODER=bfloat16` leaves it out",
+            needs=("fused",),
+            excludes=("model", "sequential"),
+            capability=(8, 9),
+            optional=True,
+        ),
+        Option(
             "step_skipping",
             False,
             f"after {STEP_SKIPPING.first} steps only every other one and the last are computed, "
@@ -146,10 +156,10 @@ TIERS: dict[str, Tier] = {
     for row in (
         Tier("eager", (), "diffusers as it is"),
         Tier("exact", EXACT, "the same pictures, sooner"),
-        Tier("fast", (*EXACT, "float8"), "nearly the same pictures"),
+        Tier("fast", (*EXACT, "float8", "float8_text"), "nearly the same pictures"),
         Tier(
             "turbo",
-            (*EXACT, "float8", "step_skipping"),
+            (*EXACT, "float8", "float8_text", "step_skipping"),
             "fewer forwards: pictures differ in detail",
         ),
     )
@@ -181,9 +191,10 @@ def choose(
     situation: frozenset[str],
     *,
     float8: bool = False,
+    without: Set[str] = frozenset(),
 ) -> Acceleration:
     """The tier in force; `situation` are those of SITUATIONS that hold, `float8` says that the
-    weights come so.
+    weights come so, `without` names optional options that the operator does without.
 
     A tier named in the setting is refused with ModelUnavailable where it cannot be; `auto` falls
     back to eager and says why.
@@ -191,7 +202,8 @@ def choose(
     tier = wanted(speed, device, capability, float8=float8)
     obstacle = _obstacle(tier, device, capability, situation)
     if obstacle is None:
-        return Acceleration(tier, tuple(x for x in tier.options if _fits(OPTIONS[x], situation)))
+        kept = (x for x in tier.options if x not in without and _fits(OPTIONS[x], situation))
+        return Acceleration(tier, tuple(kept))
     if speed == "auto":
         return eager(f"{tier.name} cannot be used: {obstacle}")
     best = next(
