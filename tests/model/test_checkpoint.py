@@ -135,14 +135,16 @@ def test_float8_files_draw_as_fast_does(
     name: str, start: Start, eager: KleinPipeline, fast: KleinPipeline
 ) -> None:
     """No further from the exact velocities than the fast tier is, but for a tenth: a scale for a
-    layer rounds other weights than a scale for a row. (Images of few steps differ by more, and by
-    chance: the fast tier's own move by a factor of two from seed to seed.)"""
+    layer rounds other weights than a scale for a row. A file that is float8 outside of the blocks,
+    too, is further away by what that rounds. (Images of few steps would say less: from seed to
+    seed, the fast tier's own differ by a factor of two.)"""
     expected = velocities(eager)
     within = float((velocities(fast) - expected).norm() / expected.norm())
     off = float((velocities(start(FLOAT8[name], KLEIN_SPEED="fast")) - expected).norm())
     off /= float(expected.norm())
     print(f"{name}: {off:.4f}, fast {within:.4f}")
-    assert 0 < off < 1.1 * within < 0.1
+    assert 0 < off < (1.5 if name == "every linear" else 1.1) * within
+    assert within < 0.06
 
 
 def test_exact_tiers_make_float8_full_once(start: Start, eager: KleinPipeline) -> None:
