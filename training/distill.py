@@ -58,6 +58,7 @@ class Trajectories:
     states, targets: (N, STEPS, T, 128) bfloat16, latents and mean velocities over a step.
     embeds: (N, 128, 192) of the prompts; nothing: (1, 128, 192) of the empty one.
     references: latents (N, R, 128) each.
+    levels: (STEPS + 1,) of the student, on the device: a captured step copies nothing there.
     """
 
     states: torch.Tensor
@@ -67,6 +68,7 @@ class Trajectories:
     references: tuple[torch.Tensor, ...]
     image_ids: torch.Tensor
     text_ids: torch.Tensor
+    levels: torch.Tensor
 
 
 def levels(count: int, device: torch.device) -> torch.Tensor:
@@ -101,6 +103,7 @@ def make_trajectories(pipe: Flux2KleinPipeline, kind: Kind, count: int, seed: in
         references,
         places,
         text_ids(TOKENS, device),
+        levels(STEPS, device),
     )
 
 
@@ -135,7 +138,7 @@ def fill(
     Wherever that leads, the targets are the teacher's mean velocities from there.
     """
     device = bank.states.device
-    coarse, fine = levels(STEPS, device), levels(STEPS * WITHIN, device)
+    coarse, fine = bank.levels, levels(STEPS * WITHIN, device)
     noise = torch.Generator(device).manual_seed(seed)
     for start in range(0, len(bank.states), batch):
         some = slice(start, start + batch)
@@ -170,20 +173,11 @@ def distill_loss(model: Velocity, bank: Trajectories, size: int) -> torch.Tensor
         model,
         bank,
         bank.states[pick, step].float(),
-        levels_at(bank, step),
+        bank.levels[step],
         bank.embeds[pick],
         [latents[pick].float() for latents in bank.references],
     )
     return (made - bank.targets[pick, step].float()).square().mean()
-
-
-def levels_at(bank: Trajectories, step: torch.Tensor) -> torch.Tensor:
-    """The student's noise levels (B,) at step numbers (B,)."""
-    return LEVELS.setdefault(bank.states.device, levels(STEPS, bank.states.device))[step]
-
-
-LEVELS: dict[torch.device, torch.Tensor] = {}
-"""The levels on each device: a captured step must not copy them there."""
 
 
 class Distiller:
@@ -211,7 +205,6 @@ class Distiller:
 
     def step(self, bank: Trajectories, size: int, optimizer: torch.optim.AdamW) -> Step:
         """A training step on one kind's trajectories."""
-        levels_at(bank, torch.zeros(1, dtype=torch.long, device=self.device))
         return Step(lambda: distill_loss(self.student, bank, size), optimizer, after=lambda: None)
 
     def fill(self, student: Velocity | None, seed: int) -> None:

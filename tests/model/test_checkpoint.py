@@ -94,7 +94,7 @@ def eager() -> KleinPipeline:
 
 @pytest.fixture(scope="module")
 def fast() -> KleinPipeline:
-    return load("nano", LORAS, KLEIN_SPEED="fast", **FULL_TEXT)
+    return load("nano", LORAS, None, KLEIN_SPEED="fast", **FULL_TEXT)
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def test_a_quantised_folder(tmp_path: Path, rows: KleinPipeline) -> None:
         (part / "config.json").write_text(json.dumps(config | {"quantization_config": told}))
 
     quantised_by("bfl")
-    packed = load(folder, LORAS, KLEIN_SPEED="fast", **FULL_TEXT)
+    packed = load(folder, LORAS, None, KLEIN_SPEED="fast", **FULL_TEXT)
     assert np.array_equal(pixels(packed), pixels(rows))
     quantised_by("nunchaku_lite")
     with pytest.raises(ModelUnavailable, match=r"MODEL_ID: .* by 'nunchaku_lite': use the bf16"):

@@ -128,7 +128,7 @@ def test_an_interrupted_pack_leaves_nothing(
 ) -> None:
     """A full disk, or Ctrl-C, in the middle."""
 
-    def save(tensors: object, path: Path, metadata: object) -> None:
+    def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
         if path.parent.name == "transformer":
             path.write_bytes(b"half")
             raise error
@@ -170,14 +170,13 @@ def test_a_killed_pack_leaves_no_model_and_is_begun_again(tmp_path: Path) -> Non
 def test_two_packs_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second is refused, and the first goes on."""
     inner: list[KleinError] = []
-    write = packing.save_file
 
-    def save(tensors: object, path: Path, metadata: object) -> None:
+    def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
         if not inner:
             with pytest.raises(InvalidRequest, match="is being packed already") as caught:
                 packing.pack(locate_model(NANO), tmp_path / "a", float8=False, float8_text=False)
             inner.append(caught.value)
-        write(tensors, path, metadata)
+        save_file(tensors, path, metadata)
 
     monkeypatch.setattr(packing, "save_file", save)
     packing.pack(locate_model(NANO), tmp_path / "a", float8=False, float8_text=False)

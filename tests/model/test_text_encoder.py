@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from klein.inference.acceleration.ops import float8_copy, is_float8_only, round_rows, rows
+from klein.inference.acceleration.ops import Rows, float8_copy, is_float8_only, round_rows, rows
 from klein.inference.acceleration.text_encoder import Float8Linear
 from klein.inference.pipeline import KleinPipeline
 from klein.models.catalog import MODELS
@@ -40,7 +40,8 @@ def eager() -> KleinPipeline:
 @torch.inference_mode()
 def embeddings(pipe: KleinPipeline, prompt: str) -> torch.Tensor:
     """(tokens, 3 layers, width)."""
-    return pipe.prompts.encode(prompt, 128)[0].unflatten(-1, (3, -1))
+    encoded: torch.Tensor = pipe.prompts.encode(prompt, 128)[0]
+    return encoded.reshape(len(encoded), 3, -1)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -84,6 +85,7 @@ def test_padding_changes_nothing(sides: tuple[int, int]) -> None:
     x = torch.randn(2, 5, sides[0])
     values, scale = round_rows(layer.weight)
     made = rows(x, 0, 5, True)
+    assert isinstance(made, Rows)
     expected = (made.values.float() @ values.float().T * made.scale * scale.T).view(2, 5, -1)
     padded = Float8Linear(layer, torch.float32)
     assert all(side % 16 == 0 for side in float8_copy(padded)[0].shape)
