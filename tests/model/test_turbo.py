@@ -43,7 +43,7 @@ def test_eight_forwards_draw_what_is_asked(
 
 
 def test_the_character_stays(pipe: KleinPipeline) -> None:
-    """With its own LoRA on top, in all images but one: the judge misses one in twenty, of the images of
+    """With its own LoRA on top, in all images but one: the judge misses one in twenty, of those of
     56 forwards and of true drawings, too."""
     prompts = [zibbo_prompt(row) for row in rows(demo_batch(CHARACTER, 4, 6001))]
     drawn = [
