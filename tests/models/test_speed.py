@@ -114,6 +114,13 @@ def test_what_is_optional_is_left_out_where_it_cannot_be() -> None:
     assert acceleration.excludes(TIERS["fast"], {"model"})
 
 
+def test_what_is_optional_can_be_turned_off() -> None:
+    """The rest of the tier stands."""
+    whole = acceleration.choose("turbo", "cuda", HOPPER, NOTHING)
+    without = acceleration.choose("turbo", "cuda", HOPPER, NOTHING, without={"float8_text"})
+    assert set(whole.options) - set(without.options) == {"float8_text"}
+
+
 def test_klein_s_own_choice_gives_way_and_says_why() -> None:
     """Nobody asked for exact, so eager serves, with a sentence for /capabilities."""
     chosen = acceleration.choose("auto", "cuda", (7, 5), NOTHING)
