@@ -2,14 +2,18 @@
 # `bentoml containerize` makes: the same bento in the same places, with the same entrypoint and
 # environment (tests/bundle compares them). Only the default differs: it starts as a RunPod worker.
 
-FROM python:3.11-slim AS packages
+# The one image that is taken from elsewhere. Its tag brings Debian's security fixes; for builds that
+# are the same for ever: --build-arg PYTHON_IMAGE=python:3.11-slim@sha256:...
+ARG PYTHON_IMAGE=python:3.11-slim
+FROM $PYTHON_IMAGE AS packages
 ENV LANG=C.UTF-8 LC_ALL=C.UTF-8 PYTHONIOENCODING=UTF-8 PYTHONUNBUFFERED=1
 RUN groupadd -g 1034 bentoml && useradd -m -r -u 1034 -g 1034 bentoml
 # A C compiler for Triton's kernels.
 RUN apt-get update \
     && apt-get install -q -y --no-install-recommends ca-certificates build-essential \
     && rm -rf /var/lib/apt/lists/*
-RUN pip install --no-cache-dir --root-user-action=ignore uv==0.13.9 \
+COPY docker/uv.lock /app/
+RUN pip install --no-cache-dir --root-user-action=ignore --require-hashes -r /app/uv.lock \
     && uv venv --python 3.11 /app/.venv
 ENV VIRTUAL_ENV=/app/.venv \
     UV_COMPILE_BYTECODE=1 \

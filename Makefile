@@ -49,11 +49,12 @@ test: coverage model-tests
 check: lint test
 
 unit: $(VENV)/.test
-	$(BIN)/python -m pytest $(LIGHT) $(T)
+	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal $(LIGHT) $(T)
 
 # The floor is in pyproject.toml; klein/inference is measured by no light test and left out.
 coverage: $(VENV)/.test
-	$(BIN)/python -m coverage run -m pytest $(LIGHT) $(T)
+	$(QUIET) $(BIN)/python -m coverage run -m pytest -n 2 --dist worksteal $(LIGHT) $(T)
+	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
 model-tests: $(VENV)/.test
@@ -105,6 +106,7 @@ lock: $(VENV)/.test
 	$(BIN)/uv $(UV_LOCK) $(UPGRADE) requirements.txt --no-emit-package torch -o requirements.lock
 	grep '^torch==' requirements.txt >>requirements.lock
 	$(BIN)/uv $(UV_LOCK) $(UPGRADE) requirements-dev.txt -c requirements.lock -o requirements-dev.lock
+	sed -n '/^uv==/,/[^\\]$$/p' requirements-dev.lock >docker/uv.lock
 	$(BIN)/uv $(UV_LOCK) $(UPGRADE) requirements-ray.txt -c requirements.lock -o requirements-ray.lock
 
 # BUNDLE="--image klein:local" tries an image that is there already; see tests/bundle/image.py

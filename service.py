@@ -37,7 +37,7 @@ from klein.entrypoints.http.app import connect, create_app, middlewares, route_p
 from klein.entrypoints.http.border import Border, RealPaths
 from klein.entrypoints.http.connections import BoundedProtocol
 from klein.entrypoints.http.draining import Door, Draining
-from klein.entrypoints.http.errors import on_http_exception
+from klein.entrypoints.http.errors import on_bug, on_http_exception
 from klein.entrypoints.http.generate import answer_with_image, answer_with_json
 from klein.errors import KleinError
 from klein.output.delivery import Bucket
@@ -97,7 +97,9 @@ class BorderedService(bentoml.Service[T]):  # type: ignore[misc]
         app: Starlette = super().to_asgi(is_main)
         kept = [each for each in app.user_middleware if each.cls is not TimeoutMiddleware]
         app.user_middleware = kept
+        app.router.redirect_slashes = False
         app.add_exception_handler(HTTPException, on_http_exception)  # type: ignore[arg-type]
+        app.add_exception_handler(Exception, on_bug)
         app.add_middleware(Border, routes=route_paths(APP, app))
         return app
 

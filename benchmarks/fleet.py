@@ -20,6 +20,8 @@ from klein.engine.pool import Entry, Pool, Worker
 GB = 1e9
 HOST = 8
 """GPUs that share a disk."""
+CASES = ((1.0, 0.5), (1.0, 0.8), (1.0, 0.95), (0.7, 0.8), (0.7, 0.95), (1.3, 0.8))
+"""The Zipf exponents and loads of the table."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,7 @@ def main() -> None:
     args = parser.parse_args()
     print(" | ".join(["", *HEAD, ""]).strip())
     print("|" + " --- |" * len(HEAD))
-    for zipf, load in ((1.0, 0.5), (1.0, 0.8), (1.3, 0.8)):
+    for zipf, load in CASES:
         fleet = Fleet(gpus=args.gpus, requests=args.requests, zipf=zipf, load=load)
         for name in RULES:
             print(row(fleet, name, simulate(fleet, name)), flush=True)

@@ -237,6 +237,10 @@ class Progress:
         return min(1.0, done / max(1, self.steps * self.images))
 
 
+def ignore_progress(_: Progress) -> None:
+    """Of a request whose caller hears nothing before its end."""
+
+
 @dataclass(frozen=True, slots=True)
 class Preview:
     """What image `image` (from 1) would be after step `step` of `steps`: a small picture by a
@@ -275,7 +279,7 @@ class RequestContext:
 
     deadline: float
     id: str = field(default_factory=new_id)
-    on_progress: Callable[[Progress], None] = lambda _: None
+    on_progress: Callable[[Progress], None] = ignore_progress
     previews: PreviewRequest | None = None
     on_stage: Callable[[Stage], None] = ignore_stage
     submitted: float = field(default_factory=time.monotonic)

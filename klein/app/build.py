@@ -1,6 +1,8 @@
 """From settings to a generator: check, plan, and hand the engine a way to load."""
 
-from collections.abc import Callable, Mapping
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -44,6 +46,7 @@ def loader(settings: Settings, environ: Mapping[str, str]) -> Load:
     """
     planned = plan(settings, Machine.probe(environ))
 
+    @_without_collections()
     def load() -> ImagePipeline:
         from klein.inference.loading import modules
 
@@ -54,6 +57,19 @@ def loader(settings: Settings, environ: Mapping[str, str]) -> Load:
         return assemble.load(found, settings, pending)
 
     return load
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """No garbage collection inside. Imports make objects by the hundred thousand, nearly all of
+    them to stay, and the collector would walk them again each time they grow by a quarter."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def generator(

@@ -43,8 +43,10 @@ class EventLog:
         self.append(name, data)
 
     def after(self, id: int) -> list[Event]:
-        """The events that are kept and came after the event `id`; 0 is before the first."""
-        return [event for event in self._events if event.id > id]
+        """The events that are kept and came after the event `id`; 0 is before the first, and so is
+        an id that no event has had yet: it is another job's, or an earlier one's of this name."""
+        seen = id if id <= self._last_id else 0
+        return [event for event in self._events if event.id > seen]
 
     async def follow(self, after: int, heartbeat: float) -> AsyncIterator[Event | None]:
         """Every event after `after` until the last, and None when `heartbeat` seconds passed

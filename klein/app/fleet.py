@@ -19,7 +19,7 @@ from typing import Protocol, cast
 
 from klein.app.generator import Generator
 from klein.app.metrics import Recorder
-from klein.app.replica import Drawn, Hello, Message, Order
+from klein.app.replica import Drawn, Heartbeat, Hello, Message, Order
 from klein.core import (
     GeneratedImage,
     GenerationParams,
@@ -30,6 +30,7 @@ from klein.core import (
     Preview,
     Progress,
     RequestContext,
+    ignore_progress,
 )
 from klein.engine.engine import REFUSALS, Engine, EngineStats, QueueView, Running, State
 from klein.engine.pool import Entry, Pool, Worker
@@ -40,6 +41,7 @@ from klein.output.delivery import Bucket
 from klein.request.resolve import Resolved
 from klein.settings import Settings
 from klein.sources.address import redacted
+from klein.sources.cache import StoreStats
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,8 @@ CALLER: ContextVar[str | None] = ContextVar("caller", default=None)
 """The name of the key that the request under way came with."""
 HELLO_EVERY = 1.0
 """Seconds between two looks at which replicas there are."""
+SILENCE = 30.0
+"""Seconds without a word of a job after which its replica is taken to be lost."""
 TRIES = 3
 """Replicas that may be lost with a job on them before it is given up."""
 
@@ -88,6 +92,7 @@ class _Flight:
             self.resolved,
             seconds=context.deadline - now,
             waited=now - context.submitted,
+            progress=context.on_progress is not ignore_progress,
             every=wanted.every if wanted else 0,
             decoded=wanted.decoded if wanted else 0,
         )
@@ -103,13 +108,13 @@ class _Flight:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """The model of the replicas, as one of them described it."""
+    """The model of the replicas, as one of them described it, and what they all did."""
 
     info: ModelInfo
     _stats: PipelineStats
 
     def stats(self) -> PipelineStats:
-        """As last heard."""
+        """As last heard, those that are gone included; memory is that of those there are."""
         return self._stats
 
 
@@ -129,6 +134,7 @@ class Fleet:
         self._replicas = replicas
         self._pool: Pool[_Flight] = Pool(queue_size)
         self._model: _Model | None = None
+        self._heard: dict[str, Hello] = {}
         self._stopped = False
         self._listeners: list[Callable[[], None]] = []
         self._flying: dict[Entry[_Flight], Worker[_Flight]] = {}
@@ -184,6 +190,19 @@ class Fleet:
         if self._stopped:
             raise NotReady(REFUSALS[State.STOPPED])
         self._pool.require_place()
+
+    def store_stats(self) -> StoreStats | None:
+        """What the replicas fetched, those that are gone included, and what their hosts keep."""
+        stores = [(hello.host, hello.store) for hello in self._heard.values() if hello.store]
+        if not stores:
+            return None
+        kept = {host: store.bytes for host, store in stores}
+        present = {worker.host.name for worker in self._pool.workers.values()}
+        return StoreStats(
+            sum(store.hits for _, store in stores),
+            sum(store.fetches for _, store in stores),
+            sum(size for host, size in kept.items() if host in present),
+        )
 
     # -- jobs ----------------------------------------------------------------------------------
 
@@ -262,15 +281,18 @@ class Fleet:
             self._pool.put_back(entry)
             self.routing.drawn_again += 1
         else:
-            _settle(flight, outcome)
+            over = flight.job.context.over if lost else None
+            _settle(flight, over or outcome)
         self._dispatch()
 
     async def _listen(self, flight: _Flight, worker: Worker[_Flight]) -> Drawn | KleinError:
-        async for told in self._replicas.draw(worker.id, flight.order()):
+        messages = self._replicas.draw(worker.id, flight.order())
+        while True:
+            told = await _next(messages)
             if isinstance(told, Drawn | KleinError):
                 return told
-            flight.hear(told)
-        raise ReplicaLost("it ended without an answer")
+            if not isinstance(told, Heartbeat):
+                flight.hear(told)
 
     def _may_try_again(self, entry: Entry[_Flight]) -> bool:
         entry.tries += 1
@@ -289,8 +311,10 @@ class Fleet:
 
     def _greet(self, hellos: list[Hello]) -> None:
         ready = [hello for hello in hellos if hello.state is State.READY]
+        self._heard |= {hello.id: hello for hello in hellos}
         if ready:
-            self._model = _Model(ready[0].info, ready[0].stats)
+            heard = [hello.stats for hello in self._heard.values()]
+            self._model = _Model(ready[0].info, _total(heard, [hello.stats for hello in ready]))
         if self._pool.members({hello.id: hello.host for hello in ready}):
             self._dispatch()
 
@@ -336,6 +360,24 @@ class FleetGenerator(Generator):
         """The LoRA sets that each replica drew, the last one first."""
         return self.fleet.warm()
 
+    def _observe(self) -> None:
+        if self.recorder is not None:
+            self.recorder.update(self.engine, self.fleet)
+
+
+def _total(heard: list[PipelineStats], ready: list[PipelineStats]) -> PipelineStats:
+    """What all that were `heard` of did, and the memory of those that are `ready`."""
+    free = [stats.gpu_memory_free for stats in ready if stats.gpu_memory_free is not None]
+    total = [stats.gpu_memory_total for stats in ready if stats.gpu_memory_total is not None]
+    return PipelineStats(
+        ready[0].speed_why,
+        sum(stats.kernels_compiled for stats in heard),
+        sum(stats.memory_retries for stats in heard),
+        sum(stats.lora_switches for stats in heard),
+        sum(free) if free else None,
+        sum(total) if total else None,
+    )
+
 
 def lora_key(loras: tuple[LoraSpec, ...]) -> str:
     """The set of LoRAs, whatever their order and scales; empty without any."""
@@ -352,6 +394,17 @@ def _cost(params: GenerationParams) -> float:
     """Work in megapixel steps."""
     pixels = params.width * params.height * params.num_images
     return pixels * params.num_inference_steps / 1e6
+
+
+async def _next(messages: AsyncIterator[Message]) -> Message:
+    """Raises ReplicaLost if there is none in SILENCE."""
+    try:
+        async with asyncio.timeout(SILENCE):
+            return await anext(messages)
+    except StopAsyncIteration:
+        raise ReplicaLost("it ended without an answer") from None
+    except TimeoutError:
+        raise ReplicaLost(f"it said nothing for {SILENCE:.0f} s") from None
 
 
 def _settle(flight: _Flight, outcome: Drawn | KleinError) -> None:

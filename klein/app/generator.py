@@ -18,7 +18,7 @@ from klein.app.estimate import StepTimes
 from klein.app.filter import NO_PREVIEWS, Filter
 from klein.app.lanes import Lanes
 from klein.app.metrics import Recorder
-from klein.app.prepare import prepare
+from klein.app.prepare import must_fetch, prepare
 from klein.core import (
     Delivery,
     GenerationResult,
@@ -26,6 +26,7 @@ from klein.core import (
     PreviewRequest,
     Progress,
     RequestContext,
+    ignore_progress,
     ignore_stage,
     new_id,
 )
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from klein.app.tracing import Tracing
 
 PREPARING_THREADS = 4
+"""For what is at hand, and as many for what is fetched: no server can hold up the former."""
 T = TypeVar("T")
 
 
@@ -84,6 +86,7 @@ class Generator:
         self._preparing = 0
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(PREPARING_THREADS, "klein-prepare")
+        self._fetching = ThreadPoolExecutor(PREPARING_THREADS, "klein-fetch")
         self.lanes = Lanes()
         engine.on_change(self._observe)
         self._observe()
@@ -91,7 +94,7 @@ class Generator:
     def context(
         self,
         id: str = "",
-        on_progress: Callable[[Progress], None] = lambda _: None,
+        on_progress: Callable[[Progress], None] = ignore_progress,
         previews: PreviewRequest | None = None,
     ) -> RequestContext:
         """A context whose deadline is KLEIN_TIMEOUT from now; without `id` it makes its own."""
@@ -191,23 +194,13 @@ class Generator:
         return None
 
     async def _prepare(self, resolved: Resolved, context: RequestContext) -> Job:
-        """`prepare` in a thread, then the filter. Whoever waits can leave at the deadline: the
-        thread ends later."""
+        """`prepare` in a thread of its kind, then the filter."""
         with self._place():
-            loop = asyncio.get_running_loop()
-            work = loop.run_in_executor(
-                self._threads,
-                copy_context().run,
-                partial(prepare, resolved, context, self.library, self._fetcher),
-            )
-            try:
-                await asyncio.wait({work}, timeout=context.deadline - time.monotonic())
-            except asyncio.CancelledError:
-                context.cancel()
-                raise
-            if not work.done():
-                context.check()
-            job = await work
+            work = partial(prepare, resolved, context, self.library, self._fetcher)
+            at_hand = partial(_unless, partial(must_fetch, resolved, self.library), work)
+            job = await _within(context, self._threads, at_hand)
+            if job is None:
+                job = await _within(context, self._fetching, work)
             return await self.filter.check_request(job) if self.filter else job
 
     @contextmanager
@@ -230,5 +223,24 @@ class Generator:
     def stop(self) -> None:
         """End the engine and the threads beside it."""
         self.engine.stop()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._fetching):
+            threads.shutdown(wait=False, cancel_futures=True)
         self.lanes.stop()
+
+
+def _unless(not_here: Callable[[], bool], work: Callable[[], T]) -> T | None:
+    return None if not_here() else work()
+
+
+async def _within(context: RequestContext, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    """`work` in one of `threads`. Whoever waits can leave at the deadline; it ends later."""
+    loop = asyncio.get_running_loop()
+    future = loop.run_in_executor(threads, copy_context().run, work)
+    try:
+        await asyncio.wait({future}, timeout=context.deadline - time.monotonic())
+    except asyncio.CancelledError:
+        context.cancel()
+        raise
+    if not future.done():
+        context.check()
+    return await future

@@ -82,7 +82,8 @@ class Job:
 
     `started` and `ended` are seconds since `created`; `due` is when it should end, on the clock of
     time.monotonic. `error` is in the wire shape, since an exception would keep every frame that it
-    went through, and `task` is gone at the end, since it would keep the images.
+    went through, and `task` is gone at the end, since it would keep the images. `expiry` is when it
+    will be forgotten, at the latest.
     """
 
     owner: str | None
@@ -111,6 +112,7 @@ class Job:
     started: float | None = None
     ended: float | None = None
     deliveries: list[Delivery] = field(default_factory=list)
+    expiry: asyncio.TimerHandle | None = None
 
     @property
     def over(self) -> bool:

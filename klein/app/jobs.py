@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -299,7 +300,8 @@ class JobRegistry:
     def _send(self, job: Job, event: WebhookEvent) -> None:
         if job.webhook is not None and self.webhooks is not None and event in job.webhook_events:
             id = f"{job.context.id}-{event}"
-            job.deliveries.append(self.webhooks.send(job.webhook, id, event, job.as_dict()))
+            delivery = self.webhooks.send(job.owner, job.webhook, id, event, job.as_dict())
+            job.deliveries.append(delivery)
 
     # -- its end -------------------------------------------------------------------------------
 
@@ -325,28 +327,38 @@ class JobRegistry:
         self._send(job, "completed")
         self._drop_images()
         if self._loop is not None:
-            self._loop.call_later(self.settings.jobs_keep_seconds, self._forget, job)
+            keep = self.settings.jobs_keep_seconds
+            job.expiry = self._loop.call_later(keep, self._forget, job)
 
     def _forget(self, job: Job) -> None:
         if self._jobs.get((job.owner, job.id)) is job:
             del self._jobs[job.owner, job.id]
             job.drop_images()
+        if job.expiry is not None:
+            job.expiry.cancel()  # or the loop would keep the job until then
+            job.expiry = None
 
     def _make_room(self) -> None:
-        """Forget the oldest finished job if there are too many."""
-        if len(self._jobs) > MAX_JOBS:
-            for job in [job for job in self._jobs.values() if job.over][:1]:
-                self._forget(job)
+        """If there are too many jobs, forget the oldest finished one of the owner with the most."""
+        if len(self._jobs) <= MAX_JOBS:
+            return
+        counts = Counter(owner for owner, _ in self._jobs)
+        if over := [job for job in self._jobs.values() if job.over]:
+            self._forget(max(over, key=lambda job: counts[job.owner]))
 
     def _drop_images(self) -> None:
-        """Drop the images of the jobs that ended first until the rest fit; never the newest's."""
+        """Until the rest fit, drop the images of the owner who has most, those of its job that
+        ended first; never those of the job that ended last."""
         kept = [job for job in self._jobs.values() if job.image_bytes]
         kept.sort(key=lambda job: job.context.submitted + (job.ended or 0.0))
-        too_many = sum(job.image_bytes for job in kept) - self.settings.jobs_keep_mb * 1e6
-        for job in kept[:-1]:
-            if too_many <= 0:
-                return
-            too_many -= job.image_bytes
+        held = Counter[str | None]()
+        for job in kept:
+            held[job.owner] += job.image_bytes
+        del kept[-1:]
+        while kept and held.total() > self.settings.jobs_keep_mb * 1e6:
+            job = max(kept, key=lambda job: held[job.owner])
+            kept.remove(job)
+            held[job.owner] -= job.image_bytes
             job.drop_images()
 
 

@@ -8,12 +8,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from klein.app.account import OUTCOMES, Account
 from klein.core import GenerationResult
 from klein.engine.engine import Engine, State
-from klein.lora.library import LoraLibrary
+from klein.sources.cache import StoreStats
 
 SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
 
@@ -83,6 +83,14 @@ Fetched = Literal["lora", "image"]
 FETCHED: tuple[Fetched, ...] = ("lora", "image")
 
 
+class Store(Protocol):
+    """Whoever knows of a store of fetched files."""
+
+    def store_stats(self) -> StoreStats | None:
+        """What it did so far, if there is one."""
+        ...
+
+
 class Recorder:
     """Fills the metrics of one generator.
 
@@ -139,7 +147,7 @@ class Recorder:
             self._streams += change
             self._metrics["klein_event_streams"].set(self._streams)
 
-    def update(self, engine: Engine, library: LoraLibrary) -> None:
+    def update(self, engine: Engine, library: Store) -> None:
         """Set the gauges to what is so now, and bring the counts of others up to date."""
         queue, store = engine.stats(), library.store_stats()
         values: dict[str, float | None] = {

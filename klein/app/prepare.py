@@ -9,6 +9,7 @@ from klein.core import GenerationParams, Job, Progress, RequestContext
 from klein.errors import InvalidRequest, LoraError
 from klein.lora.file import LoraFile
 from klein.lora.library import LoraLibrary
+from klein.request.images import is_address
 from klein.request.resolve import Resolved
 from klein.request.schema import MAX_PROMPT
 from klein.sources.address import redacted
@@ -28,6 +29,15 @@ def prepare(
     params, warnings = settle_loras(params, found)
     told = (*resolved.warnings, *gathered.warnings, *warnings)
     return Job(context, params, tuple(found), told, gathered.inputs)
+
+
+def must_fetch(resolved: Resolved, library: LoraLibrary) -> bool:
+    """Whether a server has to be asked for what a request needs. Cheap; never raises."""
+    sources = resolved.inputs
+    sent = (*sources.images, sources.init_image, sources.mask) if sources else ()
+    return any(source and is_address(source) for source in sent) or not all(
+        library.is_local(spec) for spec in resolved.params.loras
+    )
 
 
 def _find_loras(

@@ -15,29 +15,37 @@ from klein.core import (
     PreviewRequest,
     Progress,
     RequestContext,
+    ignore_progress,
 )
 from klein.engine.engine import State
 from klein.errors import Cancelled, InternalError, KleinError
 from klein.output import response
 from klein.output.response import EncodedImage
 from klein.request.resolve import Resolved
+from klein.sources.cache import StoreStats
 
 log = logging.getLogger(__name__)
 
-PROGRESS_EVERY = 0.1
+PROGRESS_EVERY = 0.25
 """Seconds between two reports of progress that leave a replica: each costs the queue's process
 about a millisecond."""
+HEARTBEAT = 5.0
+"""Seconds without news of an order after which a replica says that it is still there."""
+OVERTIME = 60.0
+"""Seconds beyond its deadline after which a job is taken to hang: it looks at that every step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
     """A job on its way to a replica: what to draw, the `seconds` it may still take, those it has
-    `waited`, and how many previews to send, as in PreviewRequest."""
+    `waited`, whether somebody hears its progress, and how many previews to send, as in
+    PreviewRequest."""
 
     id: str
     resolved: Resolved
     seconds: float
     waited: float
+    progress: bool = True
     every: int = 0
     decoded: int = 0
 
@@ -52,17 +60,23 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """A replica as it is now, and the `host` whose disk it shares with others."""
+    """A replica as it is now, and the `host` whose disk, with its `store` of fetched LoRAs, it
+    shares with others."""
 
     id: str
     host: str
     state: State
     info: ModelInfo
     stats: PipelineStats
+    store: StoreStats | None = None
 
 
-Message = Progress | Preview | Drawn | KleinError
-"""What a replica says of an order; the last one is what came of it."""
+class Heartbeat:
+    """Nothing new: the order waits for the GPU, or for a long step."""
+
+
+Message = Progress | Preview | Heartbeat | Drawn | KleinError
+"""What a replica says of an order, at least every HEARTBEAT; the last one is what came of it."""
 
 
 class Replica:
@@ -74,12 +88,23 @@ class Replica:
         self._generator = generator
         self._work: dict[str, asyncio.Task[Drawn]] = {}
 
+    @property
+    def hangs(self) -> bool:
+        """Whether the job on the GPU does not end: nothing but a new process helps."""
+        latest = time.monotonic() - OVERTIME
+        running = self._generator.engine.queue().running
+        return any(each.job.context.deadline < latest for each in running)
+
+    @property
+    def state(self) -> State:
+        """Its engine's."""
+        return self._generator.engine.state
+
     def hello(self) -> Hello:
         """How it is."""
-        engine = self._generator.engine
-        return Hello(
-            self.id, self.host, engine.state, engine.pipeline.info, engine.pipeline.stats()
-        )
+        pipeline = self._generator.engine.pipeline
+        store = self._generator.library.store_stats()
+        return Hello(self.id, self.host, self.state, pipeline.info, pipeline.stats(), store)
 
     async def draw(self, order: Order) -> AsyncGenerator[Message, None]:
         """Progress and previews of `order`, then what came of it; leaving early cancels it."""
@@ -88,7 +113,7 @@ class Replica:
         work.add_done_callback(lambda _: news.put_nowait(None))
         self._work[order.id] = work
         try:
-            while (told := await news.get()) is not None:
+            while (told := await _next(news)) is not None:
                 yield told
             yield _outcome(work, order)
         finally:
@@ -108,6 +133,15 @@ class Replica:
         return Drawn(replace(result, images=(), inputs=None), tuple(files))
 
 
+async def _next(
+    news: "asyncio.Queue[Progress | Preview | None]",
+) -> Progress | Preview | Heartbeat | None:
+    try:
+        return await asyncio.wait_for(news.get(), HEARTBEAT)
+    except TimeoutError:
+        return Heartbeat()
+
+
 def _context(order: Order, news: "asyncio.Queue[Progress | Preview | None]") -> RequestContext:
     """A context whose progress and previews become news, in any thread."""
     loop, now = asyncio.get_running_loop(), time.monotonic()
@@ -125,7 +159,11 @@ def _context(order: Order, news: "asyncio.Queue[Progress | Preview | None]") -> 
     wanted = order.every or order.decoded
     previews = PreviewRequest(receive, order.every, order.decoded) if wanted else None
     return RequestContext(
-        now + order.seconds, order.id, on_progress, previews, submitted=now - order.waited
+        now + order.seconds,
+        order.id,
+        on_progress if order.progress else ignore_progress,
+        previews,
+        submitted=now - order.waited,
     )
 
 

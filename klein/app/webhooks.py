@@ -11,6 +11,7 @@ import hmac
 import json
 import logging
 import time
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +28,11 @@ log = logging.getLogger(__name__)
 DELAYS = (0.0, 2.0, 10.0, 60.0, 300.0)
 """Seconds before each attempt; there are no more than these."""
 ATTEMPT_SECONDS = 15.0
-THREADS = 4
+THREADS = 8
+ATTEMPTS_AT_ONCE = 2
+"""Of one owner's messages, so that nobody's slow receiver holds up everybody's."""
+MAX_PENDING = 1000
+"""Messages of one owner that are on their way; more fail at once."""
 STOP_SECONDS = 3.0
 """How long deliveries may still take when klein stops."""
 PREFIX = "whsec_"
@@ -67,6 +72,10 @@ class Webhooks:
         self._delays = delays
         self._threads = ThreadPoolExecutor(THREADS, "klein-webhook")
         self._tasks: set[asyncio.Task[None]] = set()
+        self._pending = Counter[str | None]()
+        self._turns: defaultdict[str | None, asyncio.Semaphore] = defaultdict(
+            lambda: asyncio.Semaphore(ATTEMPTS_AT_ONCE)
+        )
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "Webhooks | None":
@@ -83,12 +92,19 @@ class Webhooks:
         except FetchFailed as error:
             raise InvalidRequest(f"webhook: {error}", field="webhook") from error
 
-    def send(self, url: str, id: str, event: str, payload: dict[str, Any]) -> Delivery:
+    def send(
+        self, owner: str | None, url: str, id: str, event: str, payload: dict[str, Any]
+    ) -> Delivery:
         """Start to deliver `payload`; what becomes of it is seen in the Delivery. A receiver knows
         a message that it is sent twice by `id`."""
         delivery = Delivery(event)
+        if self._pending[owner] >= MAX_PENDING:
+            delivery.status = "failed"
+            delivery.error = f"{MAX_PENDING} messages were on their way already"
+            return delivery
         body = json.dumps(payload).encode()
-        task = asyncio.create_task(self._deliver(url, id, body, delivery))
+        self._pending[owner] += 1
+        task = asyncio.create_task(self._deliver(owner, url, id, body, delivery))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return delivery
@@ -103,16 +119,21 @@ class Webhooks:
         await asyncio.gather(*left, return_exceptions=True)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _deliver(self, url: str, id: str, body: bytes, delivery: Delivery) -> None:
+    async def _deliver(
+        self, owner: str | None, url: str, id: str, body: bytes, delivery: Delivery
+    ) -> None:
         try:
             for delay in self._delays:
                 await asyncio.sleep(delay)
-                if await self._attempt(url, id, body, delivery):
+                async with self._turns[owner]:
+                    over = await self._attempt(url, id, body, delivery)
+                if over:
                     break
         except asyncio.CancelledError:
             delivery.error = f"klein was stopped; before that: {delivery.error or 'no answer'}"
             raise
         finally:
+            self._pending[owner] -= 1
             if delivery.status != "delivered":
                 delivery.status = "failed"
                 log.warning("webhook %s was not delivered: %s", id, delivery.error)

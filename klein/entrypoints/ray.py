@@ -5,12 +5,15 @@ Two deployments. `Ingress` is klein's HTTP app with the one queue, and never imp
 and what each takes is Ray's own configuration, of which docs/ray-serve.yaml is an example.
 """
 
+import asyncio
 import logging
 import os
+import queue
 import signal
-import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import prometheus_client
@@ -28,21 +31,24 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from klein.app import build
 from klein.app.fleet import CALLER, Fleet, FleetGenerator, ReplicaLost
+from klein.app.jobs import JobRegistry
 from klein.app.metrics import Recorder
 from klein.app.replica import Hello, Message, Order, Replica
 from klein.engine.engine import State
 from klein.entrypoints.http.app import connect, create_app, middlewares
-from klein.entrypoints.http.draining import Door
+from klein.entrypoints.http.draining import LOOK_SECONDS, Door
 from klein.models.catalog import known
 from klein.output.delivery import Bucket
 from klein.settings import Settings
+
+log = logging.getLogger(__name__)
 
 NAME = "klein"
 """Of the application."""
 LEAVE_SECONDS = 30.0
 """That a replica may take beyond KLEIN_TIMEOUT to finish what it has, when it is to end."""
 MANY = 10_000
-"""Calls that a deployment takes at once: klein's own queue is what bounds them."""
+"""Calls that a deployment takes at once, and jobs a replica: the ingress's queue bounds them."""
 STATIC = "_internal/server/static_content"
 """BentoML's copy of the files of `/docs`."""
 ONE_LOOP = {
@@ -59,11 +65,11 @@ class RayReplica:
 
     def __init__(self) -> None:
         _log_as_ray_does()
-        settings = Settings.from_env(os.environ)
-        self._generator = build.generator(settings, build.loader(settings, os.environ))
-        self._generator.engine.wait_ready()
+        settings = replace(Settings.from_env(os.environ), queue_size=MANY)
+        generator = build.generator(settings, build.loader(settings, os.environ))
+        generator.engine.wait_ready()
         id = serve.get_replica_context().replica_id.unique_id
-        self._replica = Replica(id, ray.get_runtime_context().get_node_id(), self._generator)
+        self._replica = Replica(id, ray.get_runtime_context().get_node_id(), generator)
 
     async def draw(self, worker: str, order: Order) -> AsyncIterator[Message]:
         """As Replica.draw; `worker` is for the router."""
@@ -80,10 +86,13 @@ class RayReplica:
         return self._replica.hello()
 
     def check_health(self) -> None:
-        """Raise if Ray must put another replica in this one's place."""
-        state = self._generator.engine.state
-        if state is not State.READY:
-            raise RuntimeError(f"klein is {state}")
+        """Raise if Ray must put another replica in this one's place; one that hangs ends itself,
+        for Ray would wait until it is free."""
+        if self._replica.hangs:
+            log.critical("a job does not end: this replica ends itself")
+            os._exit(1)
+        if self._replica.state is not State.READY:
+            raise RuntimeError(f"klein is {self._replica.state}")
 
 
 class ToNamedReplica(RequestRouter):  # type: ignore[misc]
@@ -151,6 +160,7 @@ class Ingress:
         library = build.library(settings, recorder)
         self._generator = FleetGenerator(fleet, library, settings, bucket, recorder)
         self._registry.register(FleetMetrics(fleet))
+        self._door = Door()
         fleet.start()
 
     def _metric(self, row: Any) -> Any:
@@ -161,12 +171,30 @@ class Ingress:
         """The app as everywhere, and what BentoML's server adds to it elsewhere."""
         app = create_app()
         connect(app, self._generator)
-        chain = [*middlewares(self._generator.settings, Door()), (RememberCaller, {})]
+        self._jobs: JobRegistry = app.state.jobs
+        ends = app.router.lifespan_context
+
+        @asynccontextmanager
+        async def lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
+            async with ends(app) as state:
+                yield state or {}
+                await self.drain()
+
+        app.router.lifespan_context = lifespan
+        chain = [*middlewares(self._generator.settings, self._door), (RememberCaller, {})]
         for middleware, options in reversed(chain):
             app.add_middleware(middleware, **options)
         app.include_router(self._probes())
         app.mount("/static_content", StaticFiles(packages=[("bentoml", STATIC)]))
         return app
+
+    async def drain(self) -> None:
+        """Refuse what comes; returns when no request and no job is under way, or after
+        KLEIN_TIMEOUT."""
+        self._door.closed = True
+        until = time.monotonic() + self._generator.settings.timeout
+        while (self._door.under_way or self._jobs.under_way) and time.monotonic() < until:  # noqa: ASYNC110
+            await asyncio.sleep(LOOK_SECONDS)
 
     def _probes(self) -> APIRouter:
         router = APIRouter(include_in_schema=False)
@@ -271,14 +299,30 @@ def run(replicas: int, host: str, port: int) -> None:
     cpus = max(os.cpu_count() or 1, replicas + 1)  # Ray's own count of what may be started
     ray.init(address="local", num_cpus=cpus, include_dashboard=False)
     serve.start(http_options={"host": host, "port": port})
-    serve.run(app({"replicas": replicas}), name=NAME)
-    ended = threading.Event()  # set by signals, whose handlers ray.init has replaced
+    ingress = serve.run(app({"replicas": replicas}), name=NAME)
+    asked = queue.SimpleQueue[int]()  # by signals, whose handlers ray.init has replaced
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
+        signal.signal(number, lambda number, _: asked.put(number))
     print(f"klein is ready with {replicas} replicas: http://localhost:{port}/ui", flush=True)
-    ended.wait()
+    asked.get()
+    _drain(ingress, asked)
     serve.shutdown()
     ray.shutdown()
+
+
+def _drain(ingress: Any, asked: "queue.SimpleQueue[int]") -> None:
+    """Until nothing is under way, or somebody asks once more."""
+    print("klein finishes what is under way; a second signal does not wait", flush=True)
+    draining = ingress.drain.remote()
+    while asked.empty():
+        try:
+            draining.result(timeout_s=LOOK_SECONDS)
+            return
+        except TimeoutError:
+            continue
+        except (RayError, RayServeException) as error:
+            log.warning("the ingress could not be drained: %s", error)
+            return
 
 
 def _log_as_ray_does() -> None:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -34,6 +35,8 @@ PROGRESS_EVERY = 1.0
 """Seconds between two progress posts of a job."""
 POST_SECONDS = 5.0
 """Of one post; a platform that hangs does not withhold a finished image."""
+TERMINATED = 128 + signal.SIGTERM
+"""What a program ended by SIGTERM exits with."""
 
 
 class Worker:
@@ -177,9 +180,14 @@ async def _post_progress(runpod_job: RunpodJob, update: dict[str, Any]) -> None:
 
 
 def start_worker() -> Worker:
-    """Load the model of the environment's settings; raises KleinError."""
+    """Load the model of the environment's settings; raises KleinError.
+
+    The SDK, whose import takes over a second, is imported while the weights are read.
+    """
     settings = Settings.from_env(os.environ)
     generator = build.generator(settings, build.loader(settings, os.environ))
+    import runpod  # noqa: F401
+
     generator.engine.wait_ready()
     return Worker(generator, _post_progress)
 
@@ -193,6 +201,9 @@ def main() -> None:
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")  # its default prints whole results
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logs.setup(os.environ)
+    # While a model loads nothing is under way. The default would not do: the first process of a
+    # container never hears of it. Afterwards the SDK has a handler of its own.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(TERMINATED))
     try:
         worker = start_worker()
     except KleinError as error:

@@ -117,7 +117,7 @@ def denoise(
     `references` are tokens that the model sees beside the image; `keep` is given each step's
     latents and noise level and puts back what is not to change; `noise` gives new noise of the
     latents' shape to a sampler that renoises. What `on_step` raises ends the run; values that are
-    not finite raise InternalError after the last step.
+    not finite raise NotFinite after the last step.
     """
     model = _GuidedModel(forward, run, text, image.ids, references)
     timesteps = _timesteps(run.sigmas[:-1], image.latents)
@@ -218,11 +218,15 @@ def _renoised(clean: Tensor, sigma: float, noise: Tensor) -> tuple[Tensor, Tenso
     return mixed.to(clean.dtype), noise.float() - clean.float()
 
 
+class NotFinite(InternalError):
+    """A step whose latents are no numbers."""
+
+
 def _require_finite(finite: list[Tensor]) -> None:
-    """Raise InternalError that names the first step whose latents were not; waits for the GPU."""
+    """Raise NotFinite that names the first step whose latents were not; waits for the GPU."""
     steps = torch.stack(finite).tolist()
     if not all(steps):
-        raise InternalError(
+        raise NotFinite(
             f"step {steps.index(False) + 1} of {len(steps)} gave values that are not finite, so "
             "there is no image: try another seed, lower LoRA scales or KLEIN_SPEED=eager"
         )

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,9 +31,19 @@ from klein.core import (
     Stage,
     Timings,
 )
+from klein.errors import LoraError
 from klein.inference import latents, memory, offload
 from klein.inference.adapters.merge import AdapterRequest, LoraMerger
-from klein.inference.denoise import Embeddings, Forward, Run, Step, Tokens, denoise, noise_levels
+from klein.inference.denoise import (
+    Embeddings,
+    Forward,
+    NotFinite,
+    Run,
+    Step,
+    Tokens,
+    denoise,
+    noise_levels,
+)
 from klein.inference.inpaint import Keep, Start, token_mask
 from klein.inference.offload import ModelOffloader
 from klein.inference.preview import LinearMap, Previews
@@ -178,7 +188,8 @@ class KleinPipeline:
             references = self._encoder.references(job.inputs.references)
             self._choose_tiling(job, low_memory, warnings)
             drawing = _Drawing(job, run, text, references)
-            images = tuple(self._draw(drawing, i, clock) for i in range(params.num_images))
+            with _blaming(reports):
+                images = tuple(self._draw(drawing, i, clock) for i in range(params.num_images))
             clock.leave()
         return GenerationResult(
             id=job.context.id,
@@ -351,6 +362,18 @@ class _Drawing:
     references: Tokens | None
 
 
+@contextmanager
+def _blaming(reports: Sequence[LoraReport]) -> Iterator[None]:
+    """With LoRAs on the weights, steps that are not finite are theirs: raises LoraError."""
+    try:
+        yield
+    except NotFinite as error:
+        named = ", ".join(repr(one.path) for one in reports if one.applied)
+        if not named:
+            raise
+        raise LoraError(f"LoRA {named}: with it {error}") from error
+
+
 def _levels(params: GenerationParams) -> tuple[float | None, tuple[float, ...]]:
     """mu, None where the noise levels are given, and the levels with the 0 after them."""
     if isinstance(params.schedule, tuple):
@@ -387,7 +410,7 @@ def _info(parts: Parts, plan: Plan, settings: Settings, attention: str) -> Model
         transformer=plan.checkpoint.name if plan.checkpoint else None,
         versions={
             "klein": __version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # else a class of torch's, which to unpickle loads it
             "diffusers": diffusers.__version__,
             "transformers": transformers.__version__,
         },

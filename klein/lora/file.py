@@ -146,7 +146,7 @@ class LoraFile:
         the disk does not give.
         """
         try:
-            with self.path.open("rb") as file:
+            with safetensors.open_regular(self.path) as file:
                 before = Identity.of(os.fstat(file.fileno()))
                 if before.size != self.identity.size:
                     raise self._changed()
@@ -181,7 +181,7 @@ def inspect(path: Path, name: str) -> LoraFile:
     """Read what `path` is; raises LoraError for a file that no klein model can use, and
     LoraUnavailable for one that cannot be read. It is opened once, so all is of the same bytes."""
     try:
-        with path.open("rb") as file:
+        with safetensors.open_regular(path) as file:
             identity = Identity.of(os.fstat(file.fileno()))
             settled = identity.is_settled
             header = safetensors.read(file, MAX_HEADER_BYTES)

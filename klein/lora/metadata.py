@@ -14,6 +14,7 @@ from typing import Any
 
 from klein.errors import LoraError
 from klein.lora.spec import SCALE_RANGE
+from klein.sources.safetensors import open_regular
 
 MAX_TRIGGERS = 8
 MAX_TRIGGER = 200
@@ -78,7 +79,7 @@ def defaults(path: Path) -> LoraDefaults:
     name; raises LoraError for a file that says anything else."""
     beside = path.with_suffix(".toml")
     try:
-        with beside.open("rb") as file:
+        with open_regular(beside) as file:
             raw = file.read(MAX_DEFAULTS_BYTES + 1)
     except FileNotFoundError:
         return LoraDefaults()

@@ -22,9 +22,14 @@ def measure(kind: str, own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:
 
 def _lora(own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:
     (rank, columns), (rows, same) = own["down"], own["up"]
-    if rank != same or rank == 0 or math.prod(own.get("magnitude", (rows,))) != rows:
+    if rank != same or rank == 0 or not _is_by_rows(own.get("magnitude", (rows,)), rows):
         raise ValueError("lora")
     return rank, (rows, columns)
+
+
+def _is_by_rows(shape: Shape, rows: int) -> bool:
+    """Whether there is one magnitude for each output; LyCORIS can also write one for each input."""
+    return shape[:1] == (rows,) and math.prod(shape) == rows
 
 
 def _diff(own: Mapping[str, Shape]) -> tuple[int, tuple[int, int]]:

@@ -1,5 +1,6 @@
 """How JSON answers carry pictures: in themselves, or as links into the operator's bucket."""
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -57,14 +58,26 @@ class Bucket:
             )
         except ClientError as error:
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-            refused = 400 <= status < 500 and status not in (408, 429)
+            refused = 300 <= status < 500 and status not in (408, 429)
             kind = DeliveryRefused if refused else DeliveryFailed
-            raise kind(f"the bucket {self.name!r} answered {status} to a picture") from error
+            why = f"{status}{_code(error.response)}"
+            raise kind(f"the bucket {self.name!r} answered {why} to a picture") from error
+        except RecursionError as error:  # botocore follows redirects without counting them
+            raise DeliveryRefused(
+                f"the bucket {self.name!r} redirects without end: look at KLEIN_S3_ENDPOINT and "
+                "KLEIN_S3_REGION"
+            ) from error
         except (BotoCoreError, ValueError) as error:
             raise DeliveryFailed(
                 f"the bucket {self.name!r} did not take the picture ({type(error).__name__})"
             ) from error
         return link
+
+
+def _code(response: Any) -> str:
+    """S3's word for what is wrong, such as RequestTimeTooSkewed, in brackets; empty without one."""
+    word = str(response.get("Error", {}).get("Code", ""))
+    return f" ({word})" if re.fullmatch(r"[A-Za-z]{1,40}", word) else ""
 
 
 @lru_cache(maxsize=1)

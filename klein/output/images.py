@@ -6,6 +6,7 @@ places where A1111, Civitai and their kin look.
 
 import base64
 import io
+import zlib
 from typing import TYPE_CHECKING
 
 from klein.errors import InvalidRequest, OutputTooLarge
@@ -37,7 +38,7 @@ def encode(image: "Image", fmt: OutputFormat, quality: int, text: str, xmp: byte
             info.add_text("parameters", text)
         if xmp:
             info.add_itxt("XML:com.adobe.xmp", xmp.decode())
-        image.save(out, "PNG", pnginfo=info, compress_level=4)
+        image.save(out, "PNG", pnginfo=info, compress_level=1, compress_type=zlib.Z_RLE)
     elif fmt.name == "jpeg":
         exif = _exif(text)
         if len(exif) > _MAX_EXIF:

@@ -139,6 +139,14 @@ def inputs_of(text: str) -> dict[str, InputInfo]:
         raise _damaged() from error
 
 
+def lora_hashes(text: str) -> dict[str, str]:
+    """The sha256 of each LoRA that acted, by the path it was asked for by."""
+    try:
+        return {str(one["path"]): str(one["sha256"]) for one in _own(text).get("lora_reports", ())}
+    except (TypeError, KeyError) as error:
+        raise _damaged() from error
+
+
 def _own(text: str) -> dict[str, Any]:
     """klein's own JSON."""
     hit = _OWN.search(text)

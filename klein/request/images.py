@@ -10,7 +10,9 @@ import hashlib
 import io
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from klein.errors import InvalidRequest
@@ -30,9 +32,14 @@ MAX_PIXELS = 25_000_000
 _MOST_PIXELS = f"at most {MAX_PIXELS // 10**6} million pixels are read"
 MAX_JPEG_SCANS = 100
 """A progressive JPEG has about ten; each is a pass over all pixels."""
+MAX_PARTS = 20_000
+"""Chunks of a PNG, or segments and stray bytes before the scans of a JPEG: Pillow looks at each in
+Python, with the interpreter's lock held. The largest PNG in chunks of 1 KB has as many."""
 
 _DECODERS = {"PNG": "PNG", "JPEG": "JPEG", "MPO": "JPEG", "WEBP": "WebP"}
 """Pillow's formats and their names. Phones write MPO: a JPEG with a second picture behind it."""
+_LONE_MARKERS = frozenset(bytes([code]) for code in (0x01, *range(0xD0, 0xDA)))
+"""Of JPEG: those without a length and a content."""
 _DATA = re.compile(r"data:([^;,]*);base64,", re.IGNORECASE)
 _MEDIA_TYPES = ("image/png", "image/jpeg", "image/jpg", "image/webp")
 
@@ -136,6 +143,29 @@ def _check_unopened(data: bytes, field: str) -> None:
         _check_size(*size, field)
     if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
         raise _refused(field, f"a JPEG of more than {MAX_JPEG_SCANS} scans; save it again")
+    if len(list(islice(_parts(data), MAX_PARTS + 1))) > MAX_PARTS:
+        raise _refused(field, f"a file of more than {MAX_PARTS} parts; save it again")
+
+
+def _parts(data: bytes) -> Iterator[int]:
+    """Where the parts of a PNG or JPEG that Pillow looks at one by one begin, as far as it does."""
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        place = 8
+        while place < len(data):
+            yield place
+            place += 12 + int.from_bytes(data[place : place + 4], "big")
+    elif data[:2] == b"\xff\xd8":
+        place = 2
+        while place < len(data) and data[place : place + 2] != b"\xff\xda":
+            yield place
+            is_marker = data[place] == 0xFF and data[place + 1 : place + 2] not in (b"\0", b"\xff")
+            place += _segment_size(data, place) if is_marker else 1
+
+
+def _segment_size(data: bytes, place: int) -> int:
+    if data[place + 1 : place + 2] in _LONE_MARKERS:
+        return 2
+    return 2 + int.from_bytes(data[place + 2 : place + 4], "big")
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:

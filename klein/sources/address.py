@@ -11,9 +11,10 @@ HARMLESS = frozenset({"download", "format", "fp", "modelVersionId", "raw", "size
 """Parts of a query that choose a file and never hold a token."""
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _PIN = re.compile(r"sha256=[0-9a-fA-F]{64}")
-_NAT64 = ipaddress.ip_network("64:ff9b::/32")
-_NOT_PUBLIC = tuple(ipaddress.ip_network(net) for net in ("fec0::/10", "192.0.0.0/24"))
-"""Site-local and protocol addresses, which `ipaddress` does not count as private everywhere."""
+_UNICAST = ipaddress.IPv6Network("2000::/3")
+"""What IANA gives out of IPv6 to hosts; all outside of it translates, tunnels or stays local."""
+_PROTOCOLS = ipaddress.IPv4Network("192.0.0.0/24")
+"""Protocol addresses, which `ipaddress` does not count as private everywhere."""
 
 
 class BadAddress(ValueError):
@@ -69,6 +70,8 @@ class Address:
 
 def _host(text: str) -> str:
     """A host name in ASCII, or an IP address as written."""
+    if "%" in text:
+        raise BadAddress("addresses with a zone in them are not taken")
     try:
         return str(ipaddress.ip_address(text))
     except ValueError:
@@ -90,9 +93,9 @@ def is_public(address: str) -> bool:
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
         if inner is not None:
             return is_public(str(inner))
-        if ip in _NAT64:
+        if ip not in _UNICAST:
             return False
-    if any(ip in net for net in _NOT_PUBLIC if net.version == ip.version):
+    elif ip in _PROTOCOLS:
         return False
     return ip.is_global and not ip.is_multicast
 

@@ -6,8 +6,8 @@
     partial/<hash of the reference>.<store>.part   a download under way, or interrupted
 
 Everything appears by renaming, so workers can share the folder on a network volume. All of it
-counts against one limit. A file that was used within `grace` seconds, which no job outlives, is
-never thrown away.
+counts against one limit, in bytes and in number. A file that was used within `grace` seconds, which
+no job outlives, is never thrown away.
 """
 
 import hashlib
@@ -36,6 +36,8 @@ FORGOTTEN = 86400.0
 """Seconds after which nobody goes on with an interrupted download."""
 HEADROOM = 64 * 1024**2
 """Bytes of a disk that are left free."""
+MAX_FILES = 4096
+"""Files, and references to them, however small they are: each is looked at before every fetch."""
 USED = ".used"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -69,6 +71,12 @@ class _Flight:
 
     done: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
+
+
+def age(stamp: float) -> float:
+    """Seconds since a time that a file system tells (seconds since 1970), and until it if it has
+    not come: a clock that was set back makes nothing young for as long."""
+    return abs(time.time() - stamp)
 
 
 def disk_free(folder: Path) -> int:
@@ -163,7 +171,7 @@ class Store:
         """Note that `ref` leads, as of now, to a file of this store."""
         place = path.parent.parent
         with suppress(OSError):  # a read-only volume
-            _write_ref(place, ref, path.stem, name)
+            self._refer(place, ref, path.stem, name)
 
     def drop(self, path: Path) -> None:
         """Delete a file, and what is noted of it."""
@@ -220,7 +228,7 @@ class Store:
         if not part.exists():
             for old in folder.glob(f"{_hash(ref)}.*.part"):
                 with suppress(OSError):  # somebody else took it
-                    if time.time() - old.stat().st_mtime > ABANDONED:
+                    if age(old.stat().st_mtime) > ABANDONED:
                         old.with_suffix(".tag").replace(part.with_suffix(".tag"))
                         old.replace(part)
                         break
@@ -230,11 +238,16 @@ class Store:
         path = place / "files" / f"{sha256}.safetensors"
         part.replace(path)
         _touch(path)
-        _write_ref(place, ref, sha256, name)
+        self._refer(place, ref, sha256, name)
         with self._lock:
             self._fetches += 1
             self._bytes = self._measure()
         return path
+
+    def _refer(self, place: Path, ref: str, sha256: str, name: str) -> None:
+        _write_ref(place, ref, sha256, name)
+        with self._lock:
+            _drop_oldest_refs(place)
 
     # -- room ----------------------------------------------------------------------------------
 
@@ -263,13 +276,16 @@ class Store:
         total = sum(size for _, size, _ in entries)
         total += sum(max(0, size - _size(path)) for path, size in self._reserved.items())
         growth = self._reserved[part] - _size(part)
+        count = len(entries)
         for used, size, path in entries:
-            if total <= self._max_bytes and growth + HEADROOM <= self._free(place):
+            fits = total <= self._max_bytes and growth + HEADROOM <= self._free(place)
+            if fits and count < MAX_FILES:
                 return True
             lasting = ABANDONED if path.suffix == ".part" else self._grace
-            if path not in self._reserved and time.time() - used >= lasting:
+            if path not in self._reserved and age(used) >= lasting:
                 self.drop(path)
                 total -= size
+                count -= 1
         return total <= self._max_bytes and growth + HEADROOM <= self._free(place)
 
     def _measure(self) -> int:
@@ -285,10 +301,12 @@ class Store:
         return found
 
     def _drop_forgotten(self) -> None:
-        for part in (self._places[0] / "partial").glob("*"):
+        place = self._places[0]
+        unfinished = (path for path in place.glob("refs/*") if path.suffix != ".json")
+        for left in (*place.glob("partial/*"), *unfinished):
             with suppress(OSError):
-                if time.time() - part.stat().st_mtime > FORGOTTEN:
-                    part.unlink()
+                if age(left.stat().st_mtime) > FORGOTTEN:
+                    left.unlink()
 
 
 def _read_ref(place: Path, ref: str) -> Known | None:
@@ -313,6 +331,21 @@ def _write_ref(place: Path, ref: str, sha256: str, name: str) -> None:
     fresh = entry.with_suffix(f".{uuid.uuid4().hex[:12]}")
     fresh.write_text(json.dumps({"name": name, "sha256": sha256, "size": size}))
     fresh.replace(entry)
+
+
+def _drop_oldest_refs(place: Path) -> None:
+    """Forget what references led to, above MAX_FILES: those that lead nowhere any more first."""
+    entries = list((place / "refs").glob("*.json"))
+    if len(entries) <= MAX_FILES:
+        return
+
+    def last(entry: Path) -> tuple[bool, float]:
+        with suppress(OSError):
+            return _read_entry(place, entry) is not None, entry.stat().st_mtime
+        return False, 0.0
+
+    for entry in sorted(entries, key=last)[: len(entries) - MAX_FILES * 7 // 8]:
+        entry.unlink(missing_ok=True)
 
 
 def _touch(path: Path) -> None:

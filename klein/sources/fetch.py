@@ -29,6 +29,11 @@ MAX_SECONDS = 900.0
 MAX_REDIRECTS = 5
 STEP_BYTES = 8 * 1024**2
 """What is reserved at a time for a file of untold size."""
+FREE_PIECES = 10_000
+"""Pieces of a body that may be of any size."""
+MIN_PIECE = 64
+"""Bytes that the pieces beyond those have on average: each costs a processor as much as a full one,
+and a server that sends a byte at a time would slow down everything else in the process."""
 _ETAG = re.compile(r'"[\x21\x23-\x7e]{0,200}"')
 _RETRYABLE = frozenset({408, 425, 429})
 
@@ -187,6 +192,8 @@ class Fetcher:
             total = None if answer.length is None else have + answer.length
             check_size(answer.host, total or 0, self.max_bytes)
             reserve(total or STEP_BYTES)
+            if not have:  # first, so that a kill leaves no tag beside bytes of another file
+                part.unlink(missing_ok=True)
             part.with_suffix(".tag").write_text(answer.headers.get("etag", ""))
             have = self._write(answer, part, have, total, watch, reserve)
         if have != (total or have) or have != (offer.size or have):
@@ -294,11 +301,18 @@ def _mapped(host: str) -> Iterator[None]:
 
 def _answer(host: str, response: httpcore.Response, on_received: Callable[[int], None]) -> _Answer:
     headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in response.headers}
-    return _Answer(host, response.status, headers, _counted(response.iter_stream(), on_received))
+    body = _counted(host, response.iter_stream(), on_received)
+    return _Answer(host, response.status, headers, body)
 
 
-def _counted(chunks: Iterable[bytes], on_received: Callable[[int], None]) -> Iterator[bytes]:
-    for chunk in chunks:
+def _counted(
+    host: str, chunks: Iterable[bytes], on_received: Callable[[int], None]
+) -> Iterator[bytes]:
+    size = 0
+    for number, chunk in enumerate(chunks):
+        size += len(chunk)
+        if number >= FREE_PIECES and size < number * MIN_PIECE:
+            raise FetchFailed(f"{host} sends its answer in pieces of a few bytes")
         on_received(len(chunk))
         yield chunk
 

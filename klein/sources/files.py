@@ -1,12 +1,11 @@
 """Files that lie elsewhere, by reference: out of the store if they are there, else fetched once."""
 
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from klein.sources import safetensors
-from klein.sources.cache import Store
+from klein.sources.cache import Store, age
 from klein.sources.civitai import Civitai
 from klein.sources.fetch import Fetcher, Offer, Reserve, forget
 from klein.sources.hub import Hub
@@ -43,7 +42,7 @@ class RemoteFiles:
         if not isinstance(ref, HubFile):
             return known.path if known else None
         settled = ref.is_fixed or self._hub.is_offline
-        if known and (settled or time.time() - known.asked < FRESH):
+        if known and (settled or age(known.asked) < FRESH):
             return known.path
         return self._hub.cached(ref) if settled else None
 

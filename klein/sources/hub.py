@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 from klein.sources.fetch import Fetcher, Offer, Refused
-from klein.sources.reference import SUFFIX, HubFile
+from klein.sources.reference import SUFFIX, BadReference, HubFile, is_weight_name
 from klein.sources.transport import FetchFailed, Watch
 
 
@@ -145,11 +145,13 @@ class Hub:
             rows = {str(row["rfilename"]): row for row in info.get("siblings") or ()}
             name = file.weight_name or _only(rows)
             commit, row = str(info["sha"]), rows.get(name)
+            if not is_weight_name(name):
+                raise BadReference("the Hub's own name for it")
             if row is None:
                 raise HubFailed(Problem.NO_FILE, f"has no file {name!r}")
             lfs = row.get("lfs") or {}
             sha256, size = lfs.get("sha256"), lfs.get("size", row.get("size"))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, BadReference) as error:
             raise HubFailed(
                 Problem.UNREACHABLE, "cannot be used: the Hub's answer was not understood"
             ) from error
@@ -208,7 +210,7 @@ class Hub:
 def _only(names: dict[str, Any]) -> str:
     weights = [name for name in names if name.endswith(SUFFIX)]
     if len(weights) != 1:
-        found = ", ".join(weights[:20]) or "none"
+        found = ", ".join(name[:100] for name in weights[:20]) or "none"
         raise HubFailed(
             Problem.NO_FILE, f"name one of its .safetensors files as weight_name ({found})"
         )

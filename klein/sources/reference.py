@@ -10,7 +10,9 @@ SUFFIX = ".safetensors"
 MAX_PATH = 1000
 MAX_NAME_BYTES = 255
 """Of one part of a path; file systems take no longer ones."""
-_HUB = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+_HUB_NAME = r"\w(?:[\w.-]{0,94}\w)?"
+_HUB = re.compile(rf"(?!.*(?:--|\.\.)){_HUB_NAME}/{_HUB_NAME}(?<!\.git)", re.ASCII)
+"""As the Hub names its repositories; its client raises for others."""
 _REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 _CIVITAI = re.compile(r"civitai:([1-9]\d{0,11})", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -106,13 +108,14 @@ def _hub(path: str, weight_name: str | None, revision: str | None) -> HubFile:
     chosen = at or revision
     if chosen is not None and not (len(chosen) <= 200 and _REVISION.fullmatch(chosen)):
         raise BadReference(f"{chosen[:80]!r} is no commit, tag or branch")
-    if weight_name is not None and not _is_weight_name(weight_name):
+    if weight_name is not None and not is_weight_name(weight_name):
         raise BadReference(f"weight_name {weight_name[:80]!r} is no .safetensors file of it")
     return HubFile(repo, chosen, weight_name)
 
 
-def _is_weight_name(name: str) -> bool:
-    """Whether `name` can be a file of a repository that is read."""
+def is_weight_name(name: str) -> bool:
+    """Whether `name` can be a file of a repository that is read; raises BadReference for what no
+    file can be called."""
     inside = not {"", ".", ".."} & set(name.split("/"))
     return inside and _file_name(name).endswith(SUFFIX)
 

@@ -4,10 +4,14 @@ Source: the safetensors format, an 8-byte little-endian length followed by that 
 then the tensors, one after another without a gap.
 """
 
+import errno
 import json
 import math
 import os
+import stat
 from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
 from typing import IO
 
 MAX_HEADER_BYTES = 100_000_000
@@ -61,6 +65,20 @@ class Header:
     def shapes(self) -> dict[str, Shape]:
         """Shapes by tensor name."""
         return {entry.name: entry.shape for entry in self.entries}
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """`path` to read, if it is a file at all: a pipe or a device would keep its reader for ever.
+    Raises OSError."""
+    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def read(file: IO[bytes], max_header_bytes: int = MAX_HEADER_BYTES) -> Header:

@@ -1,10 +1,11 @@
 """Many replicas as one engine: real replicas with fake pipelines, in one loop."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,15 @@ from klein.app import replica
 from klein.app.fleet import CALLER, Fleet, FleetGenerator, ReplicaLost, lora_key
 from klein.app.generator import Generated
 from klein.app.replica import Hello, Message, Order, Replica
-from klein.core import Preview, PreviewRequest, Progress, RequestContext
+from klein.core import (
+    GenerationResult,
+    Job,
+    PipelineStats,
+    Preview,
+    PreviewRequest,
+    Progress,
+    RequestContext,
+)
 from klein.engine.engine import State
 from klein.errors import (
     Cancelled,
@@ -30,6 +39,7 @@ from klein.lora.spec import LoraSpec
 from klein.output.images import read_text
 from klein.output.response import encode
 from klein.settings import Settings
+from klein.sources.cache import StoreStats
 from tests.support import fakes
 
 
@@ -91,16 +101,18 @@ class InLoop:
 Scenario = Callable[[FleetGenerator, InLoop], Awaitable[None]]
 
 
-def run(scenario: Scenario, *ids: str, **settings: str) -> None:
+def run(
+    scenario: Scenario, *ids: str, ways: Callable[..., InLoop] = InLoop, **settings: str
+) -> None:
     """Play a scenario with a fleet of the replicas `ids`."""
 
     async def play() -> None:
-        ways = InLoop(*ids)
+        there = ways(*ids)
         chosen = Settings.from_env(settings)
-        fleet = Fleet(ways, queue_size=chosen.queue_size).start()
+        fleet = Fleet(there, queue_size=chosen.queue_size).start()
         generator = FleetGenerator(fleet, fakes.FakeLibrary(), chosen, None)
         await until(lambda: len(fleet.load()) == len(ids))
-        await scenario(generator, ways)
+        await scenario(generator, there)
         fleet.stop()
         assert fleet.state is State.STOPPED
 
@@ -217,6 +229,119 @@ def test_a_job_that_ends_every_replica_is_given_up() -> None:
         assert generator.engine.stats().waiting == 0
 
     run(scenario, "a", "b", "c", "d")
+
+
+def test_a_replica_that_falls_silent_loses_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its machine is gone, or its process stands still: nobody says so."""
+    monkeypatch.setattr(fleets, "SILENCE", 0.1)
+
+    async def scenario(generator: FleetGenerator, ways: InLoop) -> None:
+        send = ways.draw
+
+        async def draw(worker: str, order: Order) -> AsyncIterator[Message]:
+            if worker == "a":
+                ways.sent.append((worker, order))
+                await asyncio.Event().wait()
+            async for told in send(worker, order):
+                yield told
+
+        ways.draw = draw  # type: ignore[method-assign]
+        jobs = [start(generator) for _ in range(3)]
+        await asyncio.gather(*jobs)
+        assert {worker for worker, _ in ways.sent} == {"a", "b"}
+        assert len(ways.replicas["b"].pipeline.drawn) == 3
+
+    run(scenario, "a", "b")
+
+
+def test_progress_that_nobody_hears_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica, "PROGRESS_EVERY", 0.0)
+
+    async def scenario(generator: FleetGenerator, ways: InLoop) -> None:
+        send, sent = ways.draw, []
+
+        async def draw(worker: str, order: Order) -> AsyncIterator[Message]:
+            async for told in send(worker, order):
+                sent.append(told)
+                yield told
+
+        ways.draw = draw  # type: ignore[method-assign]
+        await start(generator)
+        assert len(sent) == 1
+
+    run(scenario, "a")
+
+
+def test_a_job_that_waits_on_its_replica_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The replica says that it is still there, however long a step takes."""
+    monkeypatch.setattr(fleets, "SILENCE", 0.2)
+    monkeypatch.setattr(replica, "HEARTBEAT", 0.02)
+
+    async def scenario(generator: FleetGenerator, ways: InLoop) -> None:
+        pipeline = ways.replicas["a"].pipeline
+        pipeline.gate.clear()
+        jobs = [start(generator) for _ in range(2)]
+        await asyncio.sleep(0.5)
+        pipeline.gate.set()
+        await asyncio.gather(*jobs)
+        assert len(ways.sent) == 2
+        assert generator.fleet.routing.drawn_again == 0
+
+    run(scenario, "a")
+
+
+def test_a_job_that_hangs_is_told_and_ends_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once its replica has ended itself; it is not drawn again."""
+    monkeypatch.setattr(replica, "OVERTIME", 0.1)
+
+    async def scenario(generator: FleetGenerator, ways: InLoop) -> None:
+        one, ended = ways.replicas["a"], threading.Event()
+
+        def hang(job: Job) -> GenerationResult:
+            one.pipeline.started.set()
+            ended.wait()
+            raise RuntimeError("too late")
+
+        one.pipeline.generate = hang  # type: ignore[method-assign]
+        job = asyncio.create_task(
+            generator.run(fakes.request(), RequestContext(time.monotonic() + 0.1))
+        )
+        await until(one.pipeline.started.is_set)
+        assert not one.replica.hangs
+        await until(lambda: one.replica.hangs)
+        one.dead.set()
+        with pytest.raises(DeadlineExceeded):
+            await job
+        assert len(ways.sent) == 1
+        ended.set()
+
+    run(scenario, "a")
+
+
+def test_metrics_are_those_of_all_replicas() -> None:
+    """Counts include those that are gone, memory and disks only those that there are."""
+
+    async def scenario(generator: FleetGenerator, ways: InLoop) -> None:
+        await until(lambda: len(generator.fleet.load()) == 3)
+        both = generator.engine.pipeline.stats()
+        assert (both.lora_switches, both.gpu_memory_free, both.gpu_memory_total) == (9, 30, 60)
+        assert generator.fleet.store_stats() == StoreStats(hits=3, fetches=6, bytes=200)
+        ways.replicas["c"].dead.set()
+        await until(lambda: len(generator.fleet.load()) == 2)
+        left = generator.engine.pipeline.stats()
+        assert (left.lora_switches, left.gpu_memory_free, left.gpu_memory_total) == (9, 20, 40)
+        assert generator.fleet.store_stats() == StoreStats(hits=3, fetches=6, bytes=100)
+
+    class Counting(InLoop):
+        async def hello(self) -> list[Hello]:
+            stats = PipelineStats(lora_switches=3, gpu_memory_free=10, gpu_memory_total=20)
+            store, host = StoreStats(1, 2, 100), {"a": "x", "b": "x", "c": "y"}
+            return [
+                replace(hello, host=host[hello.id], stats=stats, store=store)
+                for hello in await super().hello()
+            ]
+
+    run(scenario, "a", "b", "c", ways=Counting)
 
 
 def test_a_replica_that_is_being_replaced_gets_nothing() -> None:

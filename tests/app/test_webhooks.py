@@ -4,12 +4,14 @@ import hashlib
 import hmac
 import json
 import logging
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
 import pytest
 
+from klein.app import webhooks
 from klein.app.job import JobSpec
 from klein.app.jobs import JobRegistry
 from klein.app.webhooks import Delivery, Webhooks, secret_bytes
@@ -29,18 +31,23 @@ def answering(*statuses: int, **headers: str) -> Callable[[servers.Seen], server
     return lambda _: (left.pop(0) if len(left) > 1 else left[0], headers, b"")
 
 
+async def ended(delivery: Delivery, within: float = 5) -> None:
+    """Wait until it is, for `within` seconds at most."""
+    ends = time.monotonic() + within
+    while delivery.status == "pending" and time.monotonic() < ends:
+        await asyncio.sleep(0.005)
+
+
 def deliver(
     url: str, own_hosts: frozenset[str], delays: tuple[float, ...] = QUICK, stop_after: float = 5
 ) -> Delivery:
     """What became of one message."""
 
     async def scenario() -> Delivery:
-        webhooks = Webhooks(KEY, Fetcher(own_hosts), delays)
-        delivery = webhooks.send(url, "m1", "completed", {"id": "ä"})
-        ends = time.monotonic() + stop_after
-        while delivery.status == "pending" and time.monotonic() < ends:
-            await asyncio.sleep(0.005)
-        await webhooks.stop()
+        hooks = Webhooks(KEY, Fetcher(own_hosts), delays)
+        delivery = hooks.send(None, url, "m1", "completed", {"id": "ä"})
+        await ended(delivery, stop_after)
+        await hooks.stop()
         return delivery
 
     return asyncio.run(scenario())
@@ -191,3 +198,38 @@ def test_a_secret_of_another_form_stops_the_start(secret: str) -> None:
     with pytest.raises(BadSetting, match="KLEIN_WEBHOOK_SECRET") as caught:
         Webhooks.from_settings(settings)
     assert secret not in str(caught.value)
+
+
+class Slow:
+    """Takes whatever is sent, from hosts called `slow` only once `gate` is set."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+
+    def require_allowed(self, url: str) -> None:
+        """Everything is."""
+
+    def post(self, url: str, body: bytes, headers: Mapping[str, str], deadline: float) -> int:
+        if "slow" in url:
+            self.gate.wait(10)
+        return 200
+
+
+def test_a_slow_receiver_holds_up_its_owner_only() -> None:
+    """Its messages wait for one another, and too many of them fail at once."""
+
+    async def scenario() -> None:
+        sender = Slow()
+        hooks = webhooks.Webhooks(KEY, sender, QUICK)
+        many = webhooks.MAX_PENDING + 1
+        slow = [hooks.send("anna", "https://slow/", f"a{n}", "start", {}) for n in range(many)]
+        other = hooks.send("bob", "https://quick/", "b", "start", {})
+        await ended(other)
+        assert other.status == "delivered"
+        assert sum(row.attempts for row in slow) == webhooks.ATTEMPTS_AT_ONCE
+        assert [row.status for row in slow if row.status != "pending"] == ["failed"]
+        sender.gate.set()
+        await ended(slow[0])
+        await hooks.stop()
+
+    asyncio.run(scenario())

@@ -151,6 +151,39 @@ def test_a_jpeg_of_many_scans() -> None:
     assert "more than 100 scans" in _refused(data[:-2] + scan * 200 + b"\xff\xd9")
 
 
+HEAD = FILES["jpeg"][:2]
+SHREDDED = {
+    "empty chunks": FILES["png"][:33] + _chunk(b"abCd", b"") * 30_000 + FILES["png"][33:],
+    "empty image data": FILES["png"][:-12] + _chunk(b"IDAT", b"") * 30_000 + FILES["png"][-12:],
+    "empty segments": HEAD + b"\xff\xee\0\2" * 30_000 + FILES["jpeg"][2:],
+    "fill bytes": HEAD + b"\xff" * 30_000 + FILES["jpeg"][2:],
+    "stray bytes": HEAD + b"\0" * 30_000 + FILES["jpeg"][2:],
+    "lone markers": HEAD + b"\xff\x01" * 30_000 + FILES["jpeg"][2:],
+}
+
+
+@pytest.mark.parametrize("name", SHREDDED)
+def test_files_in_shreds_are_refused(name: str) -> None:
+    """20 MB of empty parts take 7 s in which nothing else of the process runs, and 700 MB."""
+    assert "more than 20000 parts" in _refused(SHREDDED[name])
+
+
+def test_files_in_few_parts_are_read() -> None:
+    """As cameras and editors write them: padded, with notes, and in chunks of 1 KB."""
+    note = b"\xff\xfe" + struct.pack(">H", 6) + b"note"
+    data = HEAD + note * 200 + b"\xff" * 100 + FILES["jpeg"][2:]
+    assert images.decode(data, "x").image.size == (64, 64)
+    big = pictures.data(pictures.noise(1200, 900), compress_level=0)
+    start = big.index(b"IDAT") - 4
+    stream, place = b"", start
+    while big[place + 4 : place + 8] == b"IDAT":
+        size = int.from_bytes(big[place : place + 4], "big")
+        stream += big[place + 8 : place + 8 + size]
+        place += 12 + size
+    split = (_chunk(b"IDAT", stream[i : i + 1024]) for i in range(0, len(stream), 1024))
+    assert images.decode(big[:start] + b"".join(split) + big[place:], "x").image.width == 1200
+
+
 def test_a_large_text_in_a_png() -> None:
     """A compressed comment of 300 MB is not unfolded."""
     comment = _chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(300_000_000)))

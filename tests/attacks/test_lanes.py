@@ -6,17 +6,21 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from klein.app.generator import Generated, Generator
 from klein.app.lanes import Lane
 from klein.errors import DeliveryFailed, KleinError, LoraUnavailable
+from klein.lora.library import LoraLibrary
 from klein.output.delivery import Bucket
 from klein.output.marks import Marks
 from klein.output.response import to_json
 from klein.settings import Secret
-from tests.support import fakes, servers
+from klein.sources.cache import Store
+from klein.sources.fetch import Fetcher
+from tests.support import fakes, loras, pictures, servers
 
 
 @pytest.fixture
@@ -61,6 +65,49 @@ def test_a_bucket_that_stalls_stops_nobody_else(generator: Generator) -> None:
             over.set()
 
         asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("field", ["loras", "images"])
+def test_servers_that_drip_hold_up_nothing_that_is_at_hand(tmp_path: Path, field: str) -> None:
+    """However many are asked: a LoRA in the folder and a picture in a request are used at once."""
+    over = threading.Event()
+
+    def drip(connection: socket.socket) -> None:
+        while not over.wait(0.05):
+            connection.sendall(b"H")
+
+    tensors, metadata = loras.ai_toolkit({"single_blocks.0.linear1": (72, 8)})
+    loras.write(tmp_path / "own.safetensors", tensors, metadata)
+    with servers.raw(drip) as host:
+        store = Store(tmp_path / "cache", 1e9, grace=0)
+        library = LoraLibrary(tmp_path, store, Fetcher(frozenset({host})))
+        generator = fakes.generator(fakes.FakePipeline(), library, KLEIN_FETCH_HOSTS=host)
+
+        async def scenario() -> None:
+            address = f"http://{host}/x"
+            wanted = {"loras": [{"path": address}], "images": [address]}[field]
+            slow = [
+                asyncio.create_task(
+                    generator.run(fakes.request(**{field: wanted}), generator.context())
+                )
+                for _ in range(6)
+            ]
+            await asyncio.sleep(0.3)
+            own = fakes.request(
+                prompt="quick",
+                loras=[{"path": "own.safetensors"}],
+                images=[pictures.text(pictures.noise(64, 64))],
+            )
+            drawn = await asyncio.wait_for(generator.run(own, generator.context()), 5)
+            assert drawn.result.params.prompt == "quick"
+            for each in slow:
+                assert not each.done()
+                each.cancel()
+            await asyncio.wait(slow)
+
+        asyncio.run(scenario())
+        over.set()
+        generator.stop()
 
 
 @pytest.mark.parametrize("late", [DeliveryFailed, LoraUnavailable])

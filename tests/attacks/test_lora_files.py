@@ -153,6 +153,10 @@ LOHA = {"hada_w1_a": (72, 4), "hada_w1_b": (4, 8), "hada_w2_a": (72, 4), "hada_w
         ({"lora_A.weight": (4, 8, 1, 1), "lora_B.weight": (72, 4)}, "do not fit together"),
         ({"lokr_w1": (8,), "lokr_w2": (9, 4)}, "do not fit together"),
         ({"diff": ()}, "do not fit together"),
+        (
+            {"lora_A.weight": (4, 8), "lora_B.weight": (8, 4), "dora_scale": (1, 8)},
+            "do not fit together",
+        ),
         (LORA | {"alpha": (0,)}, "do not fit together"),
     ],
     ids=lambda value: value if isinstance(value, str) else "+".join(value),
@@ -325,6 +329,26 @@ def test_one_bad_entry_hides_no_other(tmp_path: Path) -> None:
     assert fine == ["good.safetensors"]
     assert len(rows) >= 6
     assert not any(str(tmp_path) in str(row) for row in rows)
+
+
+def test_a_pipe_or_a_device_keeps_nobody(tmp_path: Path) -> None:
+    """As a LoRA, as its defaults, or in its place once it was inspected."""
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "zero.safetensors").symlink_to("/dev/zero")
+    path = _save(tmp_path, "a.safetensors")
+    _save(tmp_path, "b.safetensors")
+    os.mkfifo(tmp_path / "b.toml")
+    library, found = LoraLibrary(tmp_path), file.inspect(path, "a")
+    rows = {row["name"]: row for row in library.entries()}
+    assert [name for name, row in rows.items() if "error" not in row] == ["a.safetensors"]
+    assert "it is no regular file" in rows["b.safetensors"]["error"]
+    for name in ("pipe.safetensors", "zero.safetensors", "b.safetensors"):
+        with pytest.raises(LoraError):
+            library.find(LoraSpec(name))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(LoraUnavailable, match="no regular file"):
+        _loaded(found)
 
 
 def test_a_long_list_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

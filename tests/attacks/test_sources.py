@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -19,6 +20,7 @@ from klein.lora.library import LoraLibrary, Tokens
 from klein.lora.metadata import LoraDefaults
 from klein.lora.spec import LoraSpec
 from klein.settings import Secret
+from klein.sources import cache
 from klein.sources.address import is_public, redacted
 from klein.sources.cache import HEADROOM, Store
 from klein.sources.fetch import Fetcher, Offer
@@ -131,6 +133,25 @@ def test_a_head_without_end_is_refused(tmp_path: Path) -> None:
         pytest.raises(FetchFailed, match="headers without end"),
     ):
         Fetcher(frozenset({host})).read(f"http://{host}/x", 1000)
+
+
+@pytest.mark.parametrize("piece", [b"1\r\nx\r\n", b"2;a=" + b"b" * 50 + b"\r\nxy\r\n"])
+def test_a_body_in_single_bytes_is_refused(tmp_path: Path, piece: bytes) -> None:
+    """Each costs as much of the processor as a full one, and everything else waits for that."""
+
+    def talk(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        while True:
+            connection.sendall(piece * 1000)
+
+    with (
+        servers.raw(talk) as host,
+        pytest.raises(FetchFailed, match="pieces of a few bytes") as caught,
+    ):
+        Fetcher(frozenset({host})).download(
+            Offer(f"http://{host}/x"), tmp_path / "a", Watch(time.monotonic() + 5)
+        )
+    assert not caught.value.retryable
 
 
 def test_those_who_wait_for_another_download_can_leave(tmp_path: Path) -> None:
@@ -289,6 +310,11 @@ def test_what_is_shown_of_an_address_draws_again_and_tells_nothing(path: str, sh
         LoraSpec("a" * 300 + ".safetensors"),
         LoraSpec("\ud800.safetensors"),
         LoraSpec("ö/ü"),
+        LoraSpec("../x"),
+        LoraSpec("x/.."),
+        LoraSpec(f"a--b/c@{'a' * 40}", weight_name="x.safetensors"),
+        LoraSpec(f"a/b.git@{'a' * 40}", weight_name="x.safetensors"),
+        LoraSpec("https://[2606:4700::1%eth0]/x"),
     ],
     ids=lambda spec: ascii(spec)[:60],
 )
@@ -309,9 +335,23 @@ def test_an_international_name_is_asked_in_ascii(tmp_path: Path) -> None:
         _library("http://127.0.0.1:1", tmp_path).find(LoraSpec("https://bücher.invalid/ä"))
 
 
-@pytest.mark.parametrize("address", ["fec0::1", "192.0.0.1", "192.0.0.170", "64:ff9b::1", "::"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "fec0::1",
+        "192.0.0.1",
+        "192.0.0.170",
+        "64:ff9b::1",
+        "64:ff9b:1::7f00:1",
+        "::",
+        "::127.0.0.1",
+        "::ffff:0:127.0.0.1",
+        "5f00::1",
+        "ff0e::1",
+    ],
+)
 def test_addresses_that_only_look_public(address: str) -> None:
-    """Site-local and protocol addresses are inside."""
+    """Site-local and protocol addresses, and what translates to or tunnels to others."""
     assert not is_public(address)
 
 
@@ -442,6 +482,68 @@ def test_a_complete_part_is_taken(tmp_path: Path) -> None:
         fetcher.download(Offer(f"{server.url}/a"), part)
         assert part.read_bytes() == data
         assert len(server.seen) == 3
+
+
+def test_a_kill_leaves_no_tag_beside_another_files_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next try would put the end of one file behind the start of the other."""
+    data = _data(tmp_path)
+    part = tmp_path / "a.part"
+    part.write_bytes(data[:50])
+    part.with_suffix(".tag").write_text('"old"')
+    real = Path.open
+
+    def killed(path: Path, mode: str = "r", **options: Any) -> Any:
+        if path == part and "w" in mode:
+            raise KeyboardInterrupt
+        return real(path, mode, **options)
+
+    with servers.serve(lambda _: (200, {"etag": '"new"'}, data)) as server:
+        fetcher = Fetcher(frozenset({urlsplit(server.url).netloc}))
+        monkeypatch.setattr(Path, "open", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fetcher.download(Offer(f"{server.url}/a"), part)
+        monkeypatch.undo()
+        fetcher.download(Offer(f"{server.url}/a"), part)
+        assert "range" not in server.seen[-1].headers
+    assert part.read_bytes() == data
+
+
+def test_a_clock_that_was_set_back_makes_nothing_young(tmp_path: Path) -> None:
+    """What was used "in ten years" makes room like everything else, a branch of the Hub is asked
+    again, and parts do not stay."""
+    data = _data(tmp_path)
+    ten_years = time.time() + 10 * 365 * 86400
+    with servers.serve(servers.hub({"me/one": {"a.safetensors": data}})) as server:
+        store = Store(tmp_path / "cache", 2 * len(data), grace=60)
+        library = _library(server.url, tmp_path, store)
+        library.find(LoraSpec("me/one"))
+        for path in (tmp_path / "cache").rglob("*"):
+            os.utime(path, (ten_years, ten_years))
+        assert not library.is_local(LoraSpec("me/one"))
+        assert store.get("b", _put(2 * len(data)), name="b").exists()
+    left = tmp_path / "cache" / "partial" / "x.part"
+    left.write_bytes(b"x")
+    os.utime(left, (ten_years, ten_years))
+    Store(tmp_path / "cache", 1000, grace=0)
+    assert not left.exists()
+
+
+def test_many_small_files_are_bounded_in_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files, and references to them: each would make every later fetch and list slower."""
+    monkeypatch.setattr(cache, "MAX_FILES", 8)
+    store = Store(tmp_path, 1e9, grace=0)
+    for number in range(20):
+        store.get(f"a{number}", _put(100), name=f"a{number}")
+    assert len(list((tmp_path / "files").glob("*.safetensors"))) <= 8
+    last = store.get("last", _put(100), name="last")
+    for number in range(20):
+        store.link(f"branch{number}", last, name="last")
+    assert len(list((tmp_path / "refs").iterdir())) <= 8
+    assert store.find("branch19")
 
 
 def _put(size: int) -> Callable[[Path, Callable[[int], None]], None]:

@@ -167,6 +167,20 @@ def test_help_names_every_target() -> None:
     assert set(targets[1].replace("\\", "").split()) - {"help", "coverage", "types"} == named
 
 
+def test_the_image_takes_one_image_and_checks_every_package() -> None:
+    """The base is one variable, for a digest; uv comes with its hashes, those of the lock."""
+    text = (ROOT / "Dockerfile").read_text()
+    assert re.findall(r"^FROM (\S+)", text, re.MULTILINE) == ["$PYTHON_IMAGE", *["packages"] * 2]
+    assert re.findall(r"^ARG PYTHON_IMAGE=(\S+)", text, re.MULTILINE) == ["python:3.11-slim"]
+    uv = (ROOT / "docker/uv.lock").read_text()
+    assert re.match(r"uv==\S+ \\\n    --hash=sha256:", uv)
+    assert uv in (ROOT / "requirements-dev.lock").read_text()
+    installs = re.findall(r"\bpip install (.+)", text)
+    assert len(installs) == 2
+    assert "--require-hashes -r /app/uv.lock" in installs[0]
+    assert "-r /app/requirements.lock" in installs[1]
+
+
 # -- the workflows ---------------------------------------------------------------------------------
 
 

@@ -67,6 +67,25 @@ def test_like_draws_a_picture_again(fake: fakes.FakePipeline, tmp_path: Path) ->
         assert picture.format == "JPEG"
 
 
+def test_like_says_when_a_lora_is_another_file(
+    fake: fakes.FakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may have been replaced, or its branch gone on; the pinned one is said nothing of."""
+    first, again = tmp_path / "a.png", tmp_path / "b.png"
+    _run("generate", "a portrait", "-o", first, "--seed", 9, "--lora", "some.safetensors")
+    assert _run("generate", "--like", first, "-o", again) == 0
+    assert "is not the file" not in capsys.readouterr().err
+    draw = fake.generate
+
+    def other(job: Any) -> Any:
+        drawn = draw(job)
+        return replace(drawn, loras=tuple(replace(x, sha256="cd" * 32) for x in drawn.loras))
+
+    fake.generate = other  # type: ignore[method-assign]
+    assert _run("generate", "--like", first, "-o", first) == 0
+    assert "LoRA some.safetensors is not the file that a.png was" in capsys.readouterr().err
+
+
 def test_every_field_has_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
     """With its description."""
     with pytest.raises(SystemExit):

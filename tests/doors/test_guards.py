@@ -1,5 +1,6 @@
 """Keys and limits, on the app alone and on the whole service."""
 
+import asyncio
 import base64
 import json
 import re
@@ -12,7 +13,7 @@ from typing import Any
 import anyio
 import pytest
 from starlette.testclient import TestClient
-from starlette.types import Message
+from starlette.types import Message, Receive, Scope, Send
 
 from klein.entrypoints.http import limits
 from klein.entrypoints.http.app import middlewares, standalone
@@ -62,9 +63,20 @@ def test_every_route_wants_a_key(keyed: TestClient) -> None:
         for method in methods:
             ask = partial(keyed.request, method, re.sub(r"\{.*?\}", "x", path))
             for headers in NO_KEY:
-                assert (ask(headers=headers).status_code == 401) is (path not in OPEN_PATHS)
+                answer = ask(headers=headers)
+                assert (answer.status_code == 401) is (path not in OPEN_PATHS)
+                assert (answer.headers.get("www-authenticate") == "Bearer") is (
+                    path not in OPEN_PATHS
+                )
             for headers in ({"authorization": f"bearer {OPS}"}, {"x-api-key": OPS}):
                 assert ask(headers=headers).status_code != 401
+
+
+def test_the_description_says_where_a_key_is_needed(keyed: TestClient) -> None:
+    """On every route but those that answer without."""
+    for path, methods in keyed.app.openapi()["paths"].items():  # type: ignore[attr-defined]
+        for operation in methods.values():
+            assert (operation["security"] == [{}]) is (path in OPEN_PATHS), path
 
 
 def test_uploads_need_a_key_with_that_right(keyed: TestClient) -> None:
@@ -101,7 +113,11 @@ def test_pages_of_other_origins_change_nothing(
     [
         ({"KLEIN_API_KEYS": "short"}, "NAME:KEY"),
         ({"KLEIN_API_KEYS": "a:tooshort"}, "16 characters"),
+        ({"KLEIN_API_KEYS": f"a:{OPS},{ANNA}"}, "entry 2: write NAME:KEY"),
         ({"KLEIN_API_KEYS": f"a:{ANNA},a:{OPS}"}, "same name"),
+        ({"KLEIN_API_KEYS": f"a:{ANNA},b:{ANNA}:uploads"}, "same key"),
+        ({"KLEIN_API_KEYS": f"a:clé{ANNA}"}, "ASCII"),
+        ({"KLEIN_API_KEYS": f"a:{ANNA} {OPS}"}, "ASCII"),
         ({"KLEIN_API_KEYS": f"a:{ANNA}:admin"}, "uploads"),
         ({"KLEIN_API_KEYS": " , "}, "no key"),
         ({"KLEIN_API_KEYS_FILE": "/no/such/file"}, "cannot be read"),
@@ -133,6 +149,7 @@ def test_other_origins_may_be_let_in() -> None:
         refused = made.get("/presets", headers=origin)
         assert refused.status_code == 401
         assert refused.headers["access-control-allow-origin"] == "https://app.example"
+        assert refused.headers["access-control-expose-headers"] == "*"
     with client() as made:
         assert "access-control-allow-origin" not in made.get("/presets", headers=origin).headers
 
@@ -165,6 +182,36 @@ def test_json_is_checked_before_it_is_parsed(
     answer = unkeyed.post("/v1/models", content=body, headers=headers)
     assert answer.status_code == status
     assert says in answer.json()["error"]["message"]
+
+
+def test_every_kind_of_json_is_checked(unkeyed: TestClient) -> None:
+    """Whatever FastAPI would parse; a job is made of application/json only."""
+    kind = {"content-type": "application/problem+json; charset=utf-8"}
+    body = b"[" + b"[]," * 20_000 + b"[]]"
+    assert unkeyed.post("/v1/models", content=body, headers=kind).status_code == 413
+    answer = unkeyed.put("/jobs/x", content=b"{}", headers=kind)
+    assert (answer.status_code, answer.json()["error"]["field"]) == (400, "content-type")
+
+
+def test_no_body_is_no_broken_body(unkeyed: TestClient) -> None:
+    """Some clients say JSON and send none; what needs one misses it."""
+    kind = {"content-type": "application/json"}
+    assert unkeyed.post("/jobs/x/cancel", headers=kind).status_code == 404
+    for path in ("/jobs", "/generate", "/v1/images/generations"):
+        assert unkeyed.post(path, headers=kind).status_code == 400
+
+
+def test_the_case_of_a_media_type_does_not_matter(unkeyed: TestClient) -> None:
+    """RFC 9110."""
+    kind = {"content-type": "Multipart/Form-Data; boundary=b"}
+    answer = unkeyed.post("/v1/images/edits", content=b"--b--\r\n", headers=kind)
+    assert (answer.status_code, answer.json()["error"]["field"]) == (400, "image")
+
+
+def test_a_slash_too_many_is_not_found(unkeyed: TestClient) -> None:
+    """A redirect would lead from https to http behind a proxy, and show the key there."""
+    for path in ("/presets/", "/jobs/", "/generate/"):
+        assert unkeyed.get(path, follow_redirects=False).status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -243,6 +290,69 @@ def test_a_body_without_a_length_is_counted(
         "request_too_large",
     )
     assert answer["read"] == 3
+
+
+def scope_of(kind: bytes) -> Scope:
+    headers = [(b"content-type", kind)]
+    return {
+        "type": "http", "method": "POST", "path": "/generate_json", "raw_path": b"/generate_json",
+        "query_string": b"", "headers": headers,
+    }  # fmt: skip
+
+
+def test_large_bodies_share_what_memory_there_is() -> None:
+    """One too many is told to come later; a small one always has room, as has the next."""
+    read: list[int] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        read.append(len((await receive())["body"]))
+
+    limited = limits.LimitRequests(app, 2 * limits.MB)
+
+    async def ask(size: int, seconds: float) -> int:
+        """The status of a refusal, 0 if there was none; the last byte comes after `seconds`."""
+        sent, parts = [0], [b'"' + b"x" * (size - 2), b'"']
+
+        async def receive() -> Message:
+            if len(parts) == 1:
+                await anyio.sleep(seconds)
+            return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+
+        async def send(message: Message) -> None:
+            sent.append(message.get("status", 0))
+
+        await limited(scope_of(b"application/json"), receive, send)
+        return max(sent)
+
+    async def scenario() -> list[int]:
+        large = [ask(2 * limits.MB, 0.2) for _ in range(limits.LARGE_BODIES + 1)]
+        return await asyncio.gather(*large, ask(1000, 0.1))
+
+    for _ in range(2):
+        assert sorted(asyncio.run(scenario())) == [0] * (limits.LARGE_BODIES + 1) + [429]
+    assert sorted(read) == [1000] * 2 + [2 * limits.MB] * 2 * limits.LARGE_BODIES
+
+
+def test_half_a_body_is_nobodys() -> None:
+    """Of a caller who hung up: it is neither parsed nor passed on."""
+    messages: list[Message] = [
+        {"type": "http.request", "body": b'{"prompt"', "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+    asked: list[Scope] = []
+    statuses: list[int] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        asked.append(scope)
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    async def send(message: Message) -> None:
+        statuses.append(message.get("status", 0))
+
+    anyio.run(limits.LimitRequests(app, limits.MB), scope_of(b"application/json"), receive, send)
+    assert (asked, statuses[0]) == ([], 499)
 
 
 @pytest.mark.parametrize("kind", [b"application/json", b"x/y"])

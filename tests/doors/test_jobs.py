@@ -1,4 +1,6 @@
+import asyncio
 import base64
+import gc
 import hashlib
 import io
 import json
@@ -6,7 +8,9 @@ import random
 import re
 import subprocess
 import time
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +21,9 @@ import pytest
 from PIL import Image
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from klein.app.job import Job as JobState
+from klein.app.job import JobSpec
+from klein.app.jobs import JobRegistry
 from klein.core import GenerationResult, Job, Progress, Timings
 from klein.entrypoints.http.app import connect, create_app
 from klein.errors import LoraError
@@ -197,7 +204,7 @@ def test_images_in_the_answer_for_who_asks(client: Client) -> None:
 def test_prefer_wait(client: Client) -> None:
     """200 for a job that ends in time, 202 for one that does not and goes on."""
     body = {"input": {"prompt": "x"}}
-    answer = client.post("/jobs", json=body, headers={"prefer": "wait=20"})
+    answer = client.post("/jobs", json=body, headers={"prefer": "Wait=20"})
     assert (answer.status_code, answer.json()["status"]) == (200, "succeeded")
     assert answer.headers["preference-applied"] == "wait=20"
     client.pipeline.gate.clear()
@@ -332,6 +339,19 @@ def test_a_stream_that_is_killed_resumes(client: Client, seed: int) -> None:
     assert client.get(f"/jobs/{id}/events", headers={"last-event-id": "x"}).status_code == 400
 
 
+def test_an_id_that_no_event_had_is_before_the_first(client: Client) -> None:
+    """A browser that comes back after a restart, or to a new job, sends one; it would wait for
+    ever for what has happened already."""
+    client.pipeline.gate.clear()
+    id = client.start()
+    with ThreadPoolExecutor() as pool:
+        following = pool.submit(client.events, id, 500)
+        client.pipeline.started.wait(5)
+        client.pipeline.gate.set()
+        assert following.result()[-1].name == "completed"
+    assert [event.name for event in client.events(id, 500)][-1] == "completed"
+
+
 def test_a_job_goes_on_without_its_client(client: Client) -> None:
     """Who hangs up early finds the result later, with the rest of the events."""
     client.pipeline.gate.clear()
@@ -454,6 +474,48 @@ def test_jobs_are_kept_for_a_while() -> None:
             assert client.get(path).status_code == 404
         assert client.get("/jobs").json()["results"] == []
         assert client.put("/jobs/a", json={"input": {"prompt": "y"}}).status_code == 202
+
+
+async def finished(registry: JobRegistry, owner: str | None) -> JobState:
+    """A job of `owner` that is over."""
+    job = await registry.create(owner, JobSpec(fakes.request(num_inference_steps=1, num_images=4)))
+    await job.finished.wait()
+    return job
+
+
+def test_a_forgotten_job_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From memory too, long before the end of the time it would have been kept for."""
+    monkeypatch.setattr("klein.app.jobs.MAX_JOBS", 2)
+    generator = fakes.generator(fakes.FakePipeline())
+
+    async def scenario() -> list[bool]:
+        registry = JobRegistry(generator)
+        logs = [weakref.ref((await finished(registry, None)).events) for _ in range(5)]
+        await asyncio.sleep(0.05)
+        gc.collect()
+        return [log() is not None for log in logs]
+
+    assert asyncio.run(scenario()) == [False] * 3 + [True] * 2
+    generator.stop()
+
+
+def test_who_has_most_makes_room_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many jobs one caller makes, another's stay, and so do their images."""
+    monkeypatch.setattr("klein.app.jobs.MAX_JOBS", 4)
+    generator = fakes.generator(fakes.FakePipeline(noise=True), KLEIN_JOBS_KEEP_MB="2")
+
+    async def scenario() -> None:
+        registry = JobRegistry(generator)
+        bob = await finished(registry, "bob")
+        for _ in range(6):
+            anna = await finished(registry, "anna")
+        assert registry.page("bob", 10, None)[0] == [bob]
+        assert len(registry.page("anna", 10, None)[0]) == 3
+        assert 4 * bob.image_bytes > 2e6
+        assert anna.image_bytes
+
+    asyncio.run(scenario())
+    generator.stop()
 
 
 def test_open_streams_are_bounded() -> None:

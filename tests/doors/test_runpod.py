@@ -1,8 +1,12 @@
 import asyncio
 import json
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +15,7 @@ from klein.app.generator import Generator
 from klein.entrypoints import runpod
 from klein.entrypoints.runpod import Worker
 from klein.errors import LoraError, OutOfMemory
-from tests.support import fakes
+from tests.support import fakes, live
 
 
 class Platform:
@@ -81,6 +85,12 @@ def test_a_job_is_answered_like_generate_json(generator: Generator) -> None:
         ({"prompt": "x", "steps": 1}, "did you mean 'num_inference_steps'"),
         ({"prompt": "x", "width": 10}, "invalid_request: width: 10×256 is too small"),
         ({"prompt": "x", "return_type": "url"}, "KLEIN_S3_ENDPOINT"),
+        ({"prompt": "x", "preset": "y" * 6_000_000}, "unknown preset 'yyy"),
+        ({"prompt": "x", "y" * 6_000_000: 1}, "unknown field 'yyy"),
+        ({"prompt": "x", "progress": "y" * 6_000_000}, "progress: must be 'steps'"),
+        ({"prompt": "x" * 6_000_000}, "at most 5000 characters"),
+        ({"prompt": "x", "images": ["y" * 6_000_001]}, "images.0: neither an https address"),
+        ({"prompt": "x", "extend": {"y" * 6_000_000: 1}}, "unknown field 'yyy"),
     ],
 )
 def test_errors_are_strings_that_begin_with_their_code(
@@ -89,6 +99,7 @@ def test_errors_are_strings_that_begin_with_their_code(
     """RunPod drops an `error` that is anything else."""
     answer = _handle(_worker(generator), given)
     assert isinstance(answer["error"], str)
+    assert len(json.dumps(answer)) < 3000
     assert error in answer["error"]
     assert answer["code"] == "invalid_request"
     assert answer["retryable"] is False
@@ -213,3 +224,28 @@ def test_ids_are_made_safe(generator: Generator) -> None:
     """They go into bucket keys and logs."""
     answer = _handle(_worker(generator), {"prompt": "x"}, id="../../etc/x y")
     assert answer["id"] == "______etc_x_y"
+
+
+LOADING = """
+import time
+from klein.app import build
+from klein.entrypoints import runpod
+
+def load():
+    print("loading", flush=True)
+    time.sleep(60)
+
+build.loader = lambda settings, environ: load
+runpod.main()
+"""
+
+
+def test_sigterm_while_the_model_loads(tmp_path: Path) -> None:
+    """It ends at once, by a handler: the first process of a container has no default one."""
+    env = live.environment(tmp_path)
+    argv = [sys.executable, "-c", LOADING]
+    with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE) as running:
+        assert running.stdout
+        assert running.stdout.readline() == b"loading\n"
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(5) == 143

@@ -1,5 +1,6 @@
 """What is not finite is an error that names its cause, never an image."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,59 @@ BROKEN: dict[str, tuple[Callable[[], dict[str, Array]], str]] = {
         "its weight changes are not finite",
     ),
 }
+
+
+def test_float8_with_nan_is_left_out(draw: Draw, lora_folder: Path) -> None:
+    """Though torch cannot ask a float8 whether it is finite."""
+    path = loras.write(lora_folder / "f8.safetensors", _lora())
+    _retype(path, "F8_E4M3", b"\x7f")
+    result = draw(loras=[{"path": "f8.safetensors", "scale": 1.0}])
+    assert "has NaN or infinity in it" in str(result.loras[0].error)
+    assert _bytes(result) == _bytes(draw())
+
+
+def _retype(path: Path, dtype: str, fill: bytes) -> None:
+    """The same tensors in a type of one byte, each value `fill`."""
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = {k: v for k, v in json.loads(raw[8 : 8 + length]).items() if k != "__metadata__"}
+    place = 0
+    for row in header.values():
+        size = math.prod(row["shape"])
+        row |= {"dtype": dtype, "data_offsets": [place, place + size]}
+        place += size
+    blob = json.dumps(header).encode()
+    path.write_bytes(len(blob).to_bytes(8, "little") + blob + fill * place)
+
+
+def test_finite_weights_that_make_steps_infinite_are_their_loras(
+    draw: Draw, lora_folder: Path
+) -> None:
+    """A fault of the request, not of klein; the next image is as ever."""
+    plain = draw()
+    every = loras.layers(tiny.HIDDEN)
+    tensors, _ = loras.ai_toolkit({n: every[n] for n in every if "single_blocks.0" in n})
+    loud = {n: x * np.float32(1e17 if "lora_B" in n else 1) for n, x in tensors.items()}
+    loras.write(lora_folder / "loud.safetensors", loud)
+    with pytest.raises(LoraError, match=r"'loud\.safetensors': with it step 1 of 2 gave values"):
+        draw(loras=[{"path": "loud.safetensors", "scale": 1.0}])
+    assert _bytes(draw()) == _bytes(plain)
+
+
+def test_a_rank_far_above_the_layers_size_takes_no_square_of_it(
+    draw: Draw, lora_folder: Path
+) -> None:
+    """A file of a few megabytes whose factors' own products would take 160 GB."""
+    rank, (rows, columns) = 200_000, SHAPES[LAYER]
+    up, down = np.zeros((rows, rank), np.float32), np.zeros((rank, columns), np.float32)
+    up[0, -1] = down[-1, 0] = 0.5
+    loras.write(
+        lora_folder / "wide.safetensors",
+        _lora(lora_A__weight=down, lora_B__weight=up, alpha=float(rank)),
+    )
+    (report,) = draw(loras=[{"path": "wide.safetensors", "scale": 1.0}]).loras
+    assert (report.applied, report.rank) == (True, rank)
+    assert report.relative_change
 
 
 def _bytes(result: GenerationResult) -> bytes:

@@ -105,20 +105,15 @@ def _until(condition: Any) -> None:
     raise AssertionError("it never came")
 
 
-PAGES = [
-    pytest.param(docs.RUN_AS_PRINTED[:1], id="README"),
-    pytest.param(docs.RUN_AS_PRINTED, id="all", marks=(pytest.mark.long, pytest.mark.timeout(600))),
-]
-
-
-@pytest.mark.parametrize("pages", PAGES)
-def test_the_pages_lines_run_as_printed(
-    pages: tuple[Path, ...], url: str, home: Path, tmp_path: Path
-) -> None:
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_the_pages_lines_run_as_printed(url: str, home: Path, tmp_path: Path) -> None:
     """Every curl and command line in a `bash` block, but for `make` itself and the port."""
     (tmp_path / "test_input.json").write_text(json.dumps(JOB))
     (tmp_path / "docs").symlink_to(live.ROOT / "docs")
-    script = "\n".join(docs.runnable("bash", pages)).replace("http://localhost:3000", url)
+    script = "\n".join(docs.runnable("bash", docs.RUN_AS_PRINTED)).replace(
+        "http://localhost:3000", url
+    )
     script = script.replace("localhost:3000", url.removeprefix("http://"))
     lines = re.sub(r"^make .*$", "", script, flags=re.MULTILINE).replace(".venv/bin/", "")
     env = live.environment(home, PYTHONPATH=str(live.ROOT))
@@ -130,17 +125,15 @@ def test_the_pages_lines_run_as_printed(
     assert len(images) >= 3
     for image in images:
         assert "Negative prompt" in read_text(image.read_bytes()), image
-    if len(pages) > 1:
-        assert lines.count("curl") >= 3
-        assert lines.count("python -m klein") >= 4
+    assert lines.count("curl") >= 3
+    assert lines.count("python -m klein") >= 4
 
 
-@pytest.mark.parametrize("pages", PAGES)
-def test_the_pages_python_client_runs_as_printed(
-    pages: tuple[Path, ...], url: str, home: Path, tmp_path: Path
-) -> None:
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_the_pages_python_client_runs_as_printed(url: str, home: Path, tmp_path: Path) -> None:
     """The BentoML client gets a PIL image, and JSON."""
-    for block in docs.runnable("python", pages):
+    for block in docs.runnable("python", docs.RUN_AS_PRINTED):
         code = block.replace("http://localhost:3000", url)
         env = live.environment(home)
         run = subprocess.run(
@@ -268,7 +261,7 @@ def test_a_start_that_cannot_succeed_ends_with_one_sentence(
 def test_ctrl_c_ends_the_command_line(home: Path, tmp_path: Path) -> None:
     """Exit code 130, no file left behind."""
     argv = ["python", "-m", "klein", "generate", "x", "-o", str(tmp_path / "a.png")]
-    argv += ["--num-inference-steps", "100", "--width", "1024", "--height", "1024"]
+    argv += ["--num-inference-steps", "100", "--width", "512", "--height", "512"]
     log = tmp_path / "log"
     with live.process(argv, live.environment(home), log) as running:
         _until(lambda: "drawing" in log.read_text() or running.poll() is not None)

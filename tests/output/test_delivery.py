@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from klein.errors import BadSetting, DeliveryFailed
+from klein.errors import BadSetting, DeliveryFailed, DeliveryRefused
 from klein.output.delivery import CONNECT_SECONDS, READ_SECONDS, TRIES, Bucket
 from klein.settings import Settings
 from tests.support import servers
@@ -46,6 +46,27 @@ def test_a_refusing_bucket_is_named(status: int, retryable: bool) -> None:
         _bucket(server.url).put("k", b"x", "image/png")
     assert caught.value.retryable == retryable
     assert "topsecret" not in str(caught.value)
+
+
+SKEWED = b"<Error><Code>RequestTimeTooSkewed</Code><Message>m</Message></Error>"
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ((403, {}, SKEWED), r"answered 403 \(RequestTimeTooSkewed\) to a picture"),
+        ((301, {"x-amz-bucket-region": "eu-west-1"}, b"<Error/>"), "answered 301"),
+        ((307, {"location": "http://127.0.0.1:1/"}, b""), "redirects without end"),
+    ],
+    ids=["clock", "moved", "loop"],
+)
+def test_what_no_other_try_mends_is_a_refusal(answer: servers.Answer, says: str) -> None:
+    """A clock that is wrong, a bucket of another region, redirects in a circle."""
+    with (
+        servers.serve(lambda _: answer) as server,
+        pytest.raises(DeliveryRefused, match=says),
+    ):
+        _bucket(server.url).put("k", b"x", "image/png")
 
 
 def test_a_connection_that_drops_is_tried_again_at_once() -> None:

@@ -84,19 +84,23 @@ def at_once(work: Callable[[int], T], count: int, callers: int) -> list[T]:
         return list(pool.map(work, range(count)))
 
 
-def pids(deployment: str) -> list[int]:
+def pids(deployment: str, app: str = "klein") -> list[int]:
     """The processes of a deployment's replicas, in this cluster."""
+    return titled(f"ray::ServeReplica:{app}:{deployment}")
+
+
+def titled(title: str) -> list[int]:
+    """The processes of this cluster whose title begins so."""
     home = f"HOME={os.environ['HOME']}".encode()
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
-            title, env = ((entry / name).read_bytes() for name in ("cmdline", "environ"))
+            line, env = ((entry / name).read_bytes() for name in ("cmdline", "environ"))
         except OSError:
             continue
-        mine = home in env.split(b"\0")
-        if mine and title.startswith(f"ray::ServeReplica:klein:{deployment}".encode()):
+        if home in env.split(b"\0") and line.startswith(title.encode()):
             found.append(int(entry.name))
     return found
 

@@ -73,10 +73,23 @@ def generate(args: argparse.Namespace) -> int:
         generated = _run(generator, request)
     finally:
         generator.stop()
+    others = _other_loras(args.like, generated)  # before the output is written over it
     _write(generated, args.output)
-    for warning in generated.result.warnings:
+    for warning in (*generated.result.warnings, *others):
         logs.say(f"note: {warning}", logging.WARNING)
     return OK
+
+
+def _other_loras(like: Path | None, generated: "Generated") -> list[str]:
+    """A sentence for each LoRA whose file is not the one that acted on the image of --like."""
+    if like is None:
+        return []
+    recorded = metadata.lora_hashes(images.read_text(read_bytes(like)))
+    return [
+        f"LoRA {one.path} is not the file that {like.name} was made with"
+        for one in generated.result.loras
+        if one.applied and one.sha256 != recorded.get(one.path, one.sha256)
+    ]
 
 
 def read_bytes(path: Path) -> bytes:

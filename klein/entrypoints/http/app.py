@@ -15,7 +15,7 @@ from klein.app.generator import Generator
 from klein.app.jobs import JobRegistry
 from klein.app.webhooks import Webhooks
 from klein.entrypoints.http import catalog, errors, generate, jobs, loras, playground
-from klein.entrypoints.http.auth import RequireKey, read_keys
+from klein.entrypoints.http.auth import RequireKey, is_open, read_keys
 from klein.entrypoints.http.draining import Door, GuardDoor
 from klein.entrypoints.http.limits import MB, LimitRequests, ReadToTheEnd
 from klein.entrypoints.http.openai import routes as openai
@@ -37,13 +37,16 @@ Middleware = tuple[Any, dict[str, Any]]
 
 
 class KleinApp(FastAPI):
-    """Described with klein's errors, without the 422 that FastAPI would answer by itself."""
+    """Described with klein's errors and where no key is needed, without the 422 that FastAPI would
+    answer by itself."""
 
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document."""
         document = super().openapi()
-        for methods in document["paths"].values():
+        for path, methods in document["paths"].items():
             for operation in methods.values():
+                if is_open(path):
+                    operation["security"] = [{}]
                 if "HTTPValidationError" in str(operation["responses"].get("422")):
                     del operation["responses"]["422"]
         for name in ("HTTPValidationError", "ValidationError"):
@@ -59,6 +62,7 @@ def create_app() -> FastAPI:
         description=PLAYGROUND,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would name a scheme and a host behind a proxy
         lifespan=_lifespan,
     )
     for room in ROOMS:
@@ -102,8 +106,8 @@ def middlewares(settings: Settings, door: Door) -> list[Middleware]:
                 "KLEIN_CORS_ORIGINS: `*` is every origin: leave it out, or the others",
                 field="KLEIN_CORS_ORIGINS",
             )
-        allowed = {"allow_origins": sorted(settings.cors_origins)}
-        chain.append((CORSMiddleware, {**allowed, "allow_methods": ["*"], "allow_headers": ["*"]}))
+        every = {what: ["*"] for what in ("allow_methods", "allow_headers", "expose_headers")}
+        chain.append((CORSMiddleware, {"allow_origins": sorted(settings.cors_origins), **every}))
     chain.append((GuardDoor, {"door": door}))
     chain.append((RequireKey, {"keys": read_keys(settings)}))
     chain.append((LimitRequests, {"picture_bytes": int(settings.max_body_mb * MB)}))

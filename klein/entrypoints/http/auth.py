@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ OPEN_FOLDER = "/ui/"
 UPLOADS = "uploads"
 MIN_KEY = 16
 """Characters of a key at least."""
+_KEY = re.compile(rf"[!-~]{{{MIN_KEY},}}")
+"""What every client can put into a header, in the same bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,8 @@ def read_keys(settings: Settings) -> tuple[ApiKey, ...]:
     """The keys of the settings; raises BadSetting for a line that is none."""
     lines: list[tuple[str, str]] = []
     if settings.api_keys:
-        lines += [("KLEIN_API_KEYS", entry) for entry in settings.api_keys.value.split(",")]
+        entries = enumerate(settings.api_keys.value.split(","), 1)
+        lines += [(f"KLEIN_API_KEYS: entry {n}", entry) for n, entry in entries]
     if settings.api_keys_file:
         try:
             text = settings.api_keys_file.expanduser().read_text()
@@ -43,25 +47,32 @@ def read_keys(settings: Settings) -> tuple[ApiKey, ...]:
                 f"KLEIN_API_KEYS_FILE: cannot be read ({type(error).__name__})",
                 field="KLEIN_API_KEYS_FILE",
             ) from error
-        entries = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-        lines += [("KLEIN_API_KEYS_FILE", entry) for entry in entries]
-    keys = tuple(_key(source, entry.strip()) for source, entry in lines if entry.strip())
+        entries = enumerate(text.splitlines(), 1)
+        lines += [
+            (f"KLEIN_API_KEYS_FILE: line {n}", entry)
+            for n, entry in entries
+            if not entry.lstrip().startswith("#")
+        ]
+    keys = tuple(_key(place, entry.strip()) for place, entry in lines if entry.strip())
     if (settings.api_keys or settings.api_keys_file) and not keys:
         source = "KLEIN_API_KEYS" if settings.api_keys else "KLEIN_API_KEYS_FILE"
         raise BadSetting(f"{source}: there is no key in it", field=source)
     if len({key.name for key in keys}) < len(keys):
         raise BadSetting("KLEIN_API_KEYS: two keys have the same name", field="KLEIN_API_KEYS")
+    if len({key.digest for key in keys}) < len(keys):
+        raise BadSetting("KLEIN_API_KEYS: two names have the same key", field="KLEIN_API_KEYS")
     return keys
 
 
-def _key(source: str, entry: str) -> ApiKey:
+def _key(place: str, entry: str) -> ApiKey:
+    """The key of one entry; an error does not show the entry, which may be nothing but a key."""
     name, _, rest = entry.partition(":")
     key, _, right = rest.partition(":")
-    if not name or len(key) < MIN_KEY or right not in ("", UPLOADS):
+    if not name or not _KEY.fullmatch(key) or right not in ("", UPLOADS):
         raise BadSetting(
-            f"{source}: write NAME:KEY or NAME:KEY:{UPLOADS}, the key of {MIN_KEY} characters or "
-            f"more (entry {name[:20]!r})",
-            field=source,
+            f"{place}: write NAME:KEY or NAME:KEY:{UPLOADS}, the key of {MIN_KEY} characters or "
+            "more, all of them visible ones of ASCII",
+            field=place.split(":")[0],
         )
     return ApiKey(name, _digest(key), right == UPLOADS)
 
@@ -83,7 +94,7 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request through, or answer it."""
-        if scope["type"] == "http" and not _is_open(scope["path"]):
+        if scope["type"] == "http" and not is_open(scope["path"]):
             try:
                 scope.setdefault("state", {})["caller"] = self._caller(scope)
             except KleinError as error:
@@ -115,7 +126,8 @@ class RequireKey:
         return found[0]
 
 
-def _is_open(path: str) -> bool:
+def is_open(path: str) -> bool:
+    """Whether a path needs no key."""
     return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
 
 

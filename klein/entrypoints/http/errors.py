@@ -65,6 +65,8 @@ def error_response(
     """The one shape of klein's own errors; `retry_after` is in seconds."""
     seconds = math.ceil(max(1.0, RETRY_SECONDS if retry_after is None else retry_after))
     headers = {"retry-after": str(seconds)} if error.retryable else {}
+    if error.code is ErrorCode.UNAUTHORIZED:
+        headers["www-authenticate"] = "Bearer"
     return ErrorResponse(error.as_dict(request_id), http_status(error.code), headers)
 
 
@@ -162,7 +164,7 @@ def install(app: FastAPI) -> None:
         (KleinError, _on_klein_error),
         (RequestValidationError, _on_invalid),
         (HTTPException, on_http_exception),
-        (Exception, _on_bug),
+        (Exception, on_bug),
     ):
         app.add_exception_handler(kind, cast("Any", handler))
 
@@ -174,7 +176,7 @@ async def _on_klein_error(request: Request, error: KleinError) -> Response:
     return error_response(error, id, generator.retry_after() if full else None)
 
 
-async def _on_bug(_: Request, __: Exception) -> Response:
+async def on_bug(_: Request, __: Exception) -> Response:
     """The server that runs the app logs it."""
     return error_response(InternalError("klein failed: see its log"))
 

@@ -197,7 +197,7 @@ async def _answer(job: Job, status: int = 200, headers: dict[str, str] | None = 
 
 def _seconds_to_wait(prefer: str | None) -> int:
     """Of a header such as `wait=10`; plain `wait` is the most. Raises InvalidRequest."""
-    found = re.search(r"(?:^|[,;\s])wait\b(?:\s*=\s*([^,;\s]*))?", prefer or "")
+    found = re.search(r"(?:^|[,;\s])wait\b(?:\s*=\s*([^,;\s]*))?", prefer or "", re.IGNORECASE)
     if found is None:
         return 0
     text = found[1] if found[1] is not None else str(MAX_WAIT)

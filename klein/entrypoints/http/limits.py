@@ -10,7 +10,14 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from klein.entrypoints.http.errors import error_response
-from klein.errors import InvalidRequest, KleinError, RequestTooLarge, RequestTooSlow
+from klein.errors import (
+    Cancelled,
+    InvalidRequest,
+    KleinError,
+    QueueFull,
+    RequestTooLarge,
+    RequestTooSlow,
+)
 from klein.sources.fetch import MAX_BYTES
 
 MB = 1_000_000
@@ -26,20 +33,47 @@ BODY_SECONDS = 30.0
 """Without a byte of the body, and besides what its bytes need at BODY_RATE."""
 BODY_RATE = 50_000
 """Bytes a second that a body must keep up on average."""
+LARGE_BODIES = 8
+"""Bodies with pictures that may be arriving at once, by the bytes of as many of the largest."""
 JSON = "application/json"
-JSON_WITH_PICTURES = ("/generate", "/v1/images/generations")
+JSON_WITH_PICTURES = frozenset(
+    {
+        ("POST", "/generate"),
+        ("POST", "/generate_json"),
+        ("POST", "/jobs"),
+        ("POST", "/v1/images/generations"),
+    }
+)
+FORM_WITH_PICTURES = ("POST", "/v1/images/edits")
 LINGER_SECONDS = 2.0
 """For the rest of a body whose request is answered already."""
-WITH_PICTURES = ("/jobs/", "/v1/images/edits")
 UPLOADS = "/loras"
 
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """What a path takes: bytes of a body, and whether it must be JSON."""
+    """What a route takes: bytes of a body, whether it must be JSON, and whether it goes to disk."""
 
     most: int
     json_only: bool = False
+    on_disk: bool = False
+
+
+class _Room:
+    """Bytes of large bodies that may be in memory before their requests are parsed."""
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+
+    def take(self, size: int) -> None:
+        """Raises QueueFull."""
+        if size > self._left:
+            raise QueueFull("too many large bodies are arriving: try again later")
+        self._left -= size
+
+    def give_back(self, size: int) -> None:
+        """What `take` took."""
+        self._left += size
 
 
 class LimitRequests:
@@ -52,6 +86,7 @@ class LimitRequests:
     def __init__(self, app: ASGIApp, picture_bytes: int) -> None:
         self._app = app
         self._picture_bytes = picture_bytes
+        self._room = _Room(LARGE_BODIES * picture_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request through, or answer it."""
@@ -59,11 +94,11 @@ class LimitRequests:
             await self._app(scope, receive, send)
             return
         try:
-            kind = _media_type(scope)
-            rule = self._rule(scope["path"], kind)
+            kind = media_type(Headers(scope=scope))
+            rule = self._rule(scope["method"], scope["path"], kind)
             _check_head(scope, rule, kind)
-            bounded = _Bounded(receive, rule.most)
-            if kind == JSON and scope["method"] in ("POST", "PUT", "PATCH"):
+            bounded = _Bounded(receive, rule.most, None if rule.on_disk else self._room)
+            if _is_json(kind) and scope["method"] in ("POST", "PUT", "PATCH"):
                 replay = _Replay(await _read_json(bounded), receive)
                 await self._app(scope, replay, send)
                 return
@@ -72,17 +107,23 @@ class LimitRequests:
             return
         await bounded.run(self._app, scope, send)
 
-    def _rule(self, path: str, kind: str) -> _Rule:
-        if path.startswith(UPLOADS) and kind != JSON:
-            return _Rule(MAX_BYTES)
-        if path == "/jobs" or path.startswith(JSON_WITH_PICTURES):
+    def _rule(self, method: str, path: str, kind: str) -> _Rule:
+        if path.startswith(UPLOADS) and not _is_json(kind):
+            return _Rule(MAX_BYTES, on_disk=True)
+        own_job = method == "PUT" and path.startswith("/jobs/")
+        if own_job or (method, path) in JSON_WITH_PICTURES:
             return _Rule(self._picture_bytes, json_only=True)
-        return _Rule(self._picture_bytes if path.startswith(WITH_PICTURES) else JSON_BYTES)
+        return _Rule(self._picture_bytes if (method, path) == FORM_WITH_PICTURES else JSON_BYTES)
 
 
-def _media_type(scope: Scope) -> str:
+def media_type(headers: Headers) -> str:
     """Of the body, in lower case; "" where none is named."""
-    return Headers(scope=scope).get("content-type", "").split(";")[0].strip().lower()
+    return headers.get("content-type", "").split(";")[0].strip().lower()
+
+
+def _is_json(kind: str) -> bool:
+    """Whether any framework would parse it as JSON."""
+    return kind == JSON or (kind.startswith("application/") and kind.endswith("+json"))
 
 
 def _check_head(scope: Scope, rule: _Rule, kind: str) -> None:
@@ -96,13 +137,16 @@ def _check_head(scope: Scope, rule: _Rule, kind: str) -> None:
     length = Headers(scope=scope).get("content-length", "").lstrip("0")
     if length.isdecimal() and (len(length) > LENGTH_DIGITS or int(length) > rule.most):
         raise RequestTooLarge(f"the body has more than {rule.most} bytes, the most here")
-    if rule.json_only and scope["method"] == "POST" and kind != JSON:
+    if rule.json_only and kind != JSON:
         raise InvalidRequest("content-type: send application/json", field="content-type")
 
 
 async def _read_json(bounded: "_Bounded") -> bytes:
-    """The body; refuses what is not JSON, or has more structure than any request."""
+    """The body; refuses what is not JSON, or has more structure than any request. None at all is
+    left to the route, which may want none."""
     body = await bounded.read()
+    if not body:
+        return body
     punctuation = sum(body.count(sign) for sign in (b"{", b"[", b","))
     if punctuation > JSON_PUNCTUATION:
         raise RequestTooLarge(f"the JSON has {punctuation} parts; {JSON_PUNCTUATION} are the most")
@@ -117,15 +161,18 @@ async def _read_json(bounded: "_Bounded") -> bytes:
 class _Bounded:
     """A request's body, counted and timed."""
 
-    def __init__(self, receive: Receive, most: int) -> None:
+    def __init__(self, receive: Receive, most: int, room: _Room | None) -> None:
+        """`room` is where large bodies share what there is."""
         self._receive = receive
         self._most = most
+        self._room = room
+        self._taken = 0
         self._size = 0
         self._started = time.monotonic()
         self._fault: KleinError | None = None
 
     async def __call__(self) -> Message:
-        """The next message; raises RequestTooLarge or RequestTooSlow."""
+        """The next message; raises RequestTooLarge, RequestTooSlow or QueueFull."""
         left = self._started + BODY_SECONDS + self._size / BODY_RATE - time.monotonic()
         try:
             message = await asyncio.wait_for(self._receive(), max(0.0, left))
@@ -134,16 +181,29 @@ class _Bounded:
         self._size += len(message.get("body", b""))
         if self._size > self._most:
             raise RequestTooLarge(f"the body is over {self._most} bytes, the most here")
+        if self._room is not None and self._size - self._taken > JSON_BYTES:
+            self._room.take(self._size - self._taken)
+            self._taken = self._size
         return message
 
     async def read(self) -> bytes:
-        """The whole body; what arrived of it when the caller hangs up."""
+        """The whole body; raises Cancelled when the caller hangs up before its end."""
         parts, more = [], True
-        while more:
-            message = await self()
-            parts.append(message.get("body", b""))
-            more = message["type"] == "http.request" and message.get("more_body", False)
-        return b"".join(parts)
+        try:
+            while more:
+                message = await self()
+                if message["type"] == "http.disconnect":
+                    raise Cancelled("the caller hung up")
+                parts.append(message.get("body", b""))
+                more = message.get("more_body", False)
+            return b"".join(parts)
+        finally:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        if self._room is not None:
+            self._room.give_back(self._taken)
+            self._taken = 0
 
     async def run(self, app: ASGIApp, scope: Scope, send: Send) -> None:
         """Run `app` on the body as it streams; the refusal is sent here, whatever `app` says."""
@@ -159,6 +219,8 @@ class _Bounded:
                 self._fault, done = error, True
                 return {"type": "http.disconnect"}
             done = message["type"] != "http.request" or not message.get("more_body", False)
+            if done:
+                self._give_back()
             return message
 
         async def guarded(message: Message) -> None:
@@ -172,6 +234,8 @@ class _Bounded:
         except Exception:
             if self._fault is None:
                 raise
+        finally:
+            self._give_back()
         if self._fault is not None and not started:
             await error_response(self._fault)(scope, receive, send)
 

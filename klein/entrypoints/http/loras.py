@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from klein.app.generator import Generator
 from klein.entrypoints.http.errors import described, error_response
+from klein.entrypoints.http.limits import media_type
 from klein.errors import InvalidRequest, KleinError, LoraUnavailable
 from klein.lora.library import LoraLibrary
 from klein.lora.spec import LoraSpec
@@ -23,12 +24,11 @@ T = TypeVar("T")
 
 
 FILE = {"type": "string", "format": "binary"}
+REFERENCE_FIELDS = {"path", "name", "weight_name", "revision"}
 REFERENCE = {
     "type": "object",
     "required": ["path"],
-    "properties": {
-        name: {"type": "string"} for name in ("path", "name", "weight_name", "revision")
-    },
+    "properties": {name: {"type": "string"} for name in sorted(REFERENCE_FIELDS)},
     "additionalProperties": False,
 }
 UPLOAD = {
@@ -70,7 +70,7 @@ async def add_lora(request: Request) -> Response:
     try:
         _require_uploads(request)
         library = _library(request)
-        kind = request.headers.get("content-type", "").split(";")[0]
+        kind = media_type(request.headers)
         if kind == "application/json":
             spec, name = _reference(await request.body())
             return await _answer(request, partial(library.add_reference, spec, name))
@@ -112,18 +112,13 @@ def _require_uploads(request: Request) -> None:
 
 def _reference(body: bytes) -> tuple[LoraSpec, str | None]:
     try:
-        given = json.loads(body)
+        given = {key: value for key, value in json.loads(body).items() if value is not None}
+        texts = all(isinstance(value, str) for value in given.values())
+        if not texts or not given.keys() <= REFERENCE_FIELDS:
+            raise ValueError("something else is in it")
         name = given.pop("name", None)
-        texts = {key: str(given.pop(key)) for key in ("weight_name", "revision") if key in given}
-        spec = LoraSpec(
-            str(given.pop("path")),
-            weight_name=texts.get("weight_name"),
-            revision=texts.get("revision"),
-        )
-        if given:
-            raise ValueError(given)
-        return spec, name
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return LoraSpec(**given), name
+    except (ValueError, TypeError, AttributeError) as error:
         raise InvalidRequest(
             'send {"path": "owner/repo"}, with name, weight_name and revision if needed'
         ) from error

@@ -377,8 +377,11 @@ def _put(share: _Share, original: Tensor, target: Tensor) -> Tensor:
 
 
 def _product_norm(up: Tensor, down: Tensor) -> Tensor:
-    """|up · down| (Frobenius) from two rank × rank products instead of the whole."""
+    """|up · down| (Frobenius), from two rank × rank products where those are smaller."""
     up, down = up.float(), down.float()
+    if len(down) > min(len(up), down.shape[1]):
+        norm: Tensor = torch.linalg.vector_norm(up @ down)
+        return norm
     return ((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt()
 
 
@@ -423,6 +426,6 @@ def _not_finite(adapter: _Adapter) -> LoraError:
     """Which numbers of a LoRA are not finite, in words."""
     name = adapter.file.name
     for tensor, values in adapter.tensors.items():
-        if not values.isfinite().all():
+        if not values.float().isfinite().all():  # float8 does not know by itself
             return LoraError(f"LoRA {name!r} is damaged: {tensor[:90]!r} has NaN or infinity in it")
     return LoraError(f"LoRA {name!r} cannot be applied: its weight changes are not finite")

@@ -12,6 +12,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
+from klein.entrypoints.http.limits import media_type
 from klein.entrypoints.http.openai.schema import REFUSED, ImageRequest, refusal, renamed
 from klein.errors import Cancelled, InvalidRequest, RequestTooLarge
 from klein.request.images import MAX_BYTES, MAX_IMAGES
@@ -67,7 +68,7 @@ async def read_edit(request: Request) -> EditForm:
 
 
 async def _parse(request: Request) -> FormData:
-    if request.headers.get("content-type", "").split(";")[0].strip() != "multipart/form-data":
+    if media_type(request.headers) != "multipart/form-data":
         raise InvalidRequest("content-type: send multipart/form-data", field="content-type")
     parser = _BoundedParser(
         request.headers,
