@@ -53,10 +53,10 @@ def test_a_request_draws_as_a_server_of_its_tier() -> None:
     """One that holds float8 copies and originals serves all tiers in any order, one without float8
     those without it, and LoRAs come and go: bit for bit."""
     zibbo: dict[str, Any] = {"loras": [{"path": ZIBBO}]}
-    full = {"KLEIN_TEXT_ENCODER": "bfloat16"}  # in float8 there is no way back to it
 
     def serve(tier: str) -> KleinPipeline:
-        return load("nano", LORAS, KLEIN_SPEED=tier, **full)
+        """With the text encoder in full: in float8 there is no way back."""
+        return load("nano", LORAS, KLEIN_SPEED=tier, KLEIN_TEXT_ENCODER="bfloat16")
 
     expected = {tier: _bytes(_drawn(serve(tier), "", **zibbo)) for tier in TIERS}
     assert len({image for (image,) in expected.values()}) >= 4
