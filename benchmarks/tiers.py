@@ -158,7 +158,7 @@ def served(stock: Any, model: Any, spec: ModelSpec, device: str, tier: str) -> K
         tokenizer=stock.tokenizer,
     )
     capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
-    backend = attention.choose("auto", device, capability, fused=tier != "eager")
+    backend = attention.choose("auto", device, capability, fused="fused" in TIERS[tier].options)
     return assemble.build(parts, plan, Settings(), backend)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from klein.errors import Cancelled, DeadlineExceeded, KleinError, LoraError
 from klein.lora.file import LoraFile
-from klein.lora.spec import LoraSpec
+from klein.lora.spec import LoraSpec, Scale
 from klein.models import sizes
 from klein.models.catalog import ModelSpec
 from klein.models.schedule import Schedule
@@ -53,6 +53,7 @@ class GenerationParams:
     `width` and `height` are those that are drawn; a repainted picture leaves at its own size. What
     does not apply is None: `strength` without a start image, `mask_feather` without a mask,
     `mask_padding` where the whole picture is drawn, `reference_megapixels` without references.
+    `speed` is a tier's name; empty, in what klein draws for itself, it is the pipeline's own.
     """
 
     prompt: str
@@ -77,6 +78,7 @@ class GenerationParams:
     mask_feather: int | None = None
     mask_padding: int | None = None
     extend: Margins | None = None
+    speed: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +95,16 @@ class LoraReport:
     """What one LoRA of a request did: proof that it acted, or why it did not.
 
     `effective_scale` is scale · alpha / rank (the mean over layers that differ), `relative_change`
-    the mean over its layers of |scale · ΔW| / |W| (Frobenius norms), `seconds` what it took to put
-    all LoRAs of the job on. `merged_into` is what the model's weights come in: into "float8" ones a
-    LoRA is merged in float32, and they are rounded to float8 again, so it acts nearly as trained.
+    the mean over its layers of |scale · ΔW| / |W| (Frobenius norms); of a scale over the run, both
+    are those of the piece that changes most. `merges` counts how often the job's LoRAs were put on
+    together, none where they were on already, and `seconds` is what that took. `block_layers` says
+    of each pattern of its block weights for how many layers it decided. `merged_into` is what the
+    model's weights come in: into "float8" ones a LoRA is merged in float32, and they are rounded to
+    float8 again, so it acts nearly as trained.
     """
 
     path: str
-    scale: float
+    scale: Scale
     applied: bool
     error: str | None = None
     sha256: str | None = None
@@ -111,6 +116,8 @@ class LoraReport:
     relative_change: float | None = None
     trigger_words: tuple[str, ...] = ()
     merged_into: str | None = None
+    block_layers: Mapping[str, int] = field(default_factory=dict)
+    merges: int = 0
     seconds: float | None = None
 
 
@@ -128,8 +135,9 @@ class GeneratedImage:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The model that drew a picture, and on what; `speed` is the tier in force, `transformer` the
-    file that its transformer's weights are from, where that is not the model's own."""
+    """The model that drew a picture, and on what; `speed` is the tier in force, `speeds` those that
+    a request may name, `transformer` the file that its transformer's weights are from, where that
+    is not the model's own."""
 
     id: str
     revision: str | None
@@ -142,6 +150,7 @@ class ModelInfo:
     speed: str = "eager"
     speed_options: tuple[str, ...] = ()
     transformer: str | None = None
+    speeds: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:

@@ -144,9 +144,15 @@ class Settings:
     speed: str = _setting(
         "KLEIN_SPEED",
         "auto",
-        _choice("auto", "eager", "exact", "fast", "turbo"),
+        _choice("auto", "eager", "eager_skipping", "exact", "exact_skipping", "fast", "turbo"),
         "the tier: `auto` (`exact` on a GPU, `fast` there with float8 weights, `eager` without), "
-        "`eager`, `exact`, `fast` or `turbo`",
+        "`eager`, `eager_skipping`, `exact`, `exact_skipping`, `fast` or `turbo`",
+    )
+    text_encoder: str = _setting(
+        "KLEIN_TEXT_ENCODER",
+        "auto",
+        _choice("auto", "bfloat16"),
+        "`auto` (float8 in `fast` and `turbo`) or `bfloat16`",
     )
     attention: str = _setting(
         "KLEIN_ATTENTION",
@@ -230,6 +236,13 @@ class Settings:
     )
     queue_size: int = _setting(
         "KLEIN_QUEUE_SIZE", 8, _number(int, 1, 1000), "jobs that may wait; more are refused at once"
+    )
+    jobs_per_key: int = _setting(
+        "KLEIN_JOBS_PER_KEY",
+        0,
+        _number(int, 0, 1000),
+        "jobs that one key may have under way; 0: half of `KLEIN_QUEUE_SIZE` where there are "
+        "several keys, and no bound where there is one",
     )
     timeout: float = _setting(
         "KLEIN_TIMEOUT", 900.0, _number(float, 1, 86400), "seconds a job may take, waiting included"

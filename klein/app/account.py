@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ from klein.errors import ErrorCode, KleinError
 
 log = logging.getLogger(__name__)
 
+CALLER: ContextVar[str | None] = ContextVar("caller", default=None)
+"""The name of the key that the request under way came with."""
 OK = "ok"
 OUTCOMES = (OK, *map(str, ErrorCode))
 

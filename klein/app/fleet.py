@@ -13,10 +13,11 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextvars import Context, ContextVar
+from contextvars import Context
 from dataclasses import dataclass, field, replace
 from typing import Protocol, cast
 
+from klein.app.account import CALLER
 from klein.app.generator import Generator
 from klein.app.metrics import Recorder
 from klein.app.replica import Drawn, Heartbeat, Hello, Message, Order
@@ -45,8 +46,6 @@ from klein.sources.cache import StoreStats
 
 log = logging.getLogger(__name__)
 
-CALLER: ContextVar[str | None] = ContextVar("caller", default=None)
-"""The name of the key that the request under way came with."""
 HELLO_EVERY = 1.0
 """Seconds between two looks at which replicas there are."""
 SILENCE = 30.0

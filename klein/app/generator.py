@@ -4,6 +4,7 @@ import asyncio
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from klein import logs
-from klein.app.account import Account, outcome_of
+from klein.app.account import CALLER, Account, outcome_of
 from klein.app.estimate import StepTimes
 from klein.app.filter import NO_PREVIEWS, Filter
 from klein.app.lanes import Lanes
@@ -84,9 +85,11 @@ class Generator:
         self._fetcher = Fetcher(settings.fetch_hosts, on_received=on_received)
         self.step_times = StepTimes()
         self._preparing = 0
+        self._places_per_caller = settings.jobs_per_key
+        self._under_way: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(PREPARING_THREADS, "klein-prepare")
-        self._fetching = ThreadPoolExecutor(PREPARING_THREADS, "klein-fetch")
+        self._fetching = ThreadPoolExecutor(settings.queue_size, "klein-fetch")
         self.lanes = Lanes()
         engine.on_change(self._observe)
         self._observe()
@@ -105,12 +108,15 @@ class Generator:
     def resolve(self, request: GenerateRequest) -> Resolved:
         """Decide what will be drawn; raises InvalidRequest, or NotReady before a model is there."""
         require_bucket(request.return_type, self.bucket)
+        info = self.engine.pipeline.info
         return resolve(
             request,
-            self.engine.pipeline.info.spec,
+            info.spec,
             lambda: secrets.randbelow(2**32),
             prompt_loras=self.settings.prompt_loras,
             base_loras=tuple(LoraSpec(*named) for named in self.settings.base_loras),
+            speed=info.speed,
+            speeds=info.speeds,
         )
 
     async def run(self, request: GenerateRequest, context: RequestContext) -> Generated:
@@ -118,11 +124,37 @@ class Generator:
 
         Cancelling the waiter cancels the work and returns once the GPU is free of it.
         """
-        with self._account(context.id) as account:
+        with self._account(context.id) as account, self._share():
             resolved = self.resolve(request)
-            account.params, account.speed = resolved.params, self.engine.pipeline.info.speed
+            account.params, account.speed = resolved.params, resolved.params.speed
             account.result = await self._run(resolved, context)
             return Generated(account.result, resolved.delivery, self.marks)
+
+    def share_places(self) -> None:
+        """Several callers have keys: none of them may hold all places."""
+        half = max(1, self.settings.queue_size // 2)
+        self._places_per_caller = self.settings.jobs_per_key or half
+
+    @contextmanager
+    def _share(self) -> Iterator[None]:
+        """One of the jobs that the caller may have under way, if it has a name and they are
+        bounded."""
+        caller, most = CALLER.get(), self._places_per_caller
+        if caller is None or not most:
+            yield
+            return
+        with self._lock:
+            if self._under_way[caller] >= most:
+                raise QueueFull(
+                    f"{most} jobs of the key {caller!r} are under way already: try again later, "
+                    "or raise KLEIN_JOBS_PER_KEY"
+                )
+            self._under_way[caller] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._under_way[caller] -= 1
 
     @contextmanager
     def _account(self, id: str) -> Iterator[Account]:

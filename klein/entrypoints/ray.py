@@ -27,10 +27,9 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from klein.app import build
-from klein.app.fleet import CALLER, Fleet, FleetGenerator, ReplicaLost
+from klein.app.fleet import Fleet, FleetGenerator, ReplicaLost
 from klein.app.jobs import JobRegistry
 from klein.app.metrics import Recorder
 from klein.app.replica import Hello, Message, Order, Replica
@@ -181,8 +180,7 @@ class Ingress:
                 await self.drain()
 
         app.router.lifespan_context = lifespan
-        chain = [*middlewares(self._generator.settings, self._door), (RememberCaller, {})]
-        for middleware, options in reversed(chain):
+        for middleware, options in reversed(middlewares(self._generator.settings, self._door)):
             app.add_middleware(middleware, **options)
         app.include_router(self._probes())
         app.mount("/static_content", StaticFiles(packages=[("bentoml", STATIC)]))
@@ -214,19 +212,6 @@ class Ingress:
             return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
         return router
-
-
-class RememberCaller:
-    """ASGI middleware inside of RequireKey: the queue is fair between the callers it names."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Note whose request this is for all that is done for it."""
-        if scope["type"] == "http":
-            CALLER.set(scope.get("state", {}).get("caller"))
-        await self._app(scope, receive, send)
 
 
 class FleetMetrics:

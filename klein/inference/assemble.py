@@ -18,13 +18,15 @@ from klein.inference import offload
 from klein.inference.acceleration import attention, vae
 from klein.inference.acceleration.attention import Backend
 from klein.inference.acceleration.check import proved
-from klein.inference.acceleration.text_encoder import CudaGraphEncoder
+from klein.inference.acceleration.text_encoder import CudaGraphEncoder, use_float8
 from klein.inference.acceleration.transformer import FusedForward, block_linears, quantise
+from klein.inference.denoise import Forward
 from klein.inference.loading import modules
 from klein.inference.loading.reader import Weights
 from klein.inference.offload import ModelOffloader
 from klein.inference.pipeline import KleinPipeline, Parts
 from klein.models.plan import Plan, fetched
+from klein.models.speed import Acceleration
 from klein.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -88,14 +90,36 @@ def build(parts: Parts, plan: Plan, settings: Settings, backend: Backend) -> Kle
     parts.vae.tile_sample_min_size = min(TILE, parts.vae.config.sample_size)
     scale = 2 ** (len(parts.vae.config.block_out_channels) - 1)
     parts.vae.tile_latent_min_size = parts.vae.tile_sample_min_size // scale
+    stock = parts
     parts = _accelerated(parts, plan, backend)
-    return KleinPipeline(parts, plan, settings, backend.label, _placed(parts, plan))
+
+    def parts_for(faster: Acceleration) -> Parts:
+        """The same weights as they run in the tier of `faster`."""
+        if plan.acceleration.has("decoder"):
+            (vae.fuse if faster.has("decoder") else vae.unfuse)(parts.vae)
+        return replace(
+            parts,
+            denoiser=_denoiser(parts.transformer, faster, backend),
+            encoder=parts.encoder if faster.has("cuda_graph") else stock.encoder,
+        )
+
+    return KleinPipeline(parts, plan, settings, backend.label, _placed(parts, plan), parts_for)
 
 
 def plain(transformer: Any, vae: Any, text_encoder: Any, tokenizer: Any) -> Parts:
     """Parts that run as diffusers and transformers run them."""
-    forward = partial(transformer, return_dict=False)
-    return Parts(transformer, vae, text_encoder, tokenizer, forward, text_encoder)
+    return Parts(transformer, vae, text_encoder, tokenizer, _stock(transformer), text_encoder)
+
+
+def _stock(transformer: Any) -> Forward:
+    return partial(transformer, return_dict=False)
+
+
+def _denoiser(transformer: Any, faster: Acceleration, backend: Backend) -> Forward:
+    """The transformer's forward in the tier of `faster`."""
+    if not faster.has("fused"):
+        return _stock(transformer)
+    return FusedForward(transformer, backend.attend, float8=faster.has("float8"))
 
 
 def _read(
@@ -145,6 +169,8 @@ def _quiet() -> None:
 def _cut_config(folder: Path) -> Any:
     """The text encoder's configuration without the layers after the last state that is read."""
     config = transformers.AutoConfig.from_pretrained(folder, subfolder="text_encoder")
+    if getattr(config, "quantization_config", None) == modules.BY_ROW:
+        del config.quantization_config
     config.num_hidden_layers = min(config.num_hidden_layers, modules.OUT_LAYERS[-1])
     if layer_types := getattr(config, "layer_types", None):
         config.layer_types = layer_types[: config.num_hidden_layers]
@@ -185,9 +211,8 @@ def _accelerated(parts: Parts, plan: Plan, backend: Backend) -> Parts:
     """The parts with the plan's speed options on."""
     faster = plan.acceleration
     transformer, encoder = parts.transformer, parts.text_encoder
-    if faster.has("fused"):
-        parts = replace(parts, denoiser=FusedForward(transformer, backend.attend))
-    elif plan.on_gpu:
+    parts = replace(parts, denoiser=_denoiser(transformer, faster, backend))
+    if plan.on_gpu:
         transformer.set_attention_backend(backend.diffusers)
     if faster.has("decoder"):
         vae.fuse(parts.vae)
@@ -195,6 +220,8 @@ def _accelerated(parts: Parts, plan: Plan, backend: Backend) -> Parts:
         quantise(transformer, plan.read_to)
         if plan.transformer_to != plan.read_to:
             offload.pin(layer.weight.data for layer in block_linears(transformer).values())
+    if faster.has("float8_text"):
+        use_float8(encoder)
     if faster.has("cuda_graph") and plan.on_gpu:
         recorded = CudaGraphEncoder(encoder, plan.spec.max_sequence_length)
         parts = replace(parts, encoder=recorded)

@@ -50,7 +50,9 @@ class Run:
     """How an image is drawn: `sigmas` are N falling noise levels and the 0 after them.
 
     `batched_cfg` runs both branches of guidance as one batch, which takes a forward that shares one
-    image among several texts; `skipping` leaves steps out, None computes all.
+    image among several texts; `skipping` leaves steps out, None computes all. `changes` are the
+    steps, from 0 and rising, before which the model's weights change: what was computed before says
+    nothing of the velocities after it, so sampler and extrapolation begin anew there.
     """
 
     sigmas: tuple[float, ...]
@@ -58,6 +60,7 @@ class Run:
     guidance_scale: float
     batched_cfg: bool = False
     skipping: StepSkipping | None = None
+    changes: tuple[int, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -70,8 +73,20 @@ class Run:
         return sum(map(self.computes, range(self.steps)))
 
     def computes(self, step: int) -> bool:
-        """Whether the transformer runs in step `step`, from 0."""
-        return self.skipping is None or self.skipping.computes(step, self.steps)
+        """Whether the transformer runs in step `step`, from 0: always in the first two with the
+        same weights, since a line takes two velocities."""
+        if self.skipping is None or self.skipping.computes(step, self.steps):
+            return True
+        return step - self.changed_at(step) < 2
+
+    def changed_at(self, step: int) -> int:
+        """The step from which the model's weights are those of step `step`."""
+        return max((change for change in self.changes if change <= step), default=0)
+
+    def coefficients(self, step: int) -> Sequence[float]:
+        """The sampler's, of step `step`, for the velocities with the weights of that step."""
+        start = self.changed_at(step)
+        return self.sampler.coefficients(self.sigmas[start:], step - start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +126,15 @@ def denoise(
     references: Tokens | None = None,
     keep: Callable[[Tensor, float], Tensor] | None = None,
     noise: Callable[[], Tensor] | None = None,
+    on_change: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
     """The latents (1, n, 128) at the end of `run` from `image` with noise of its first level.
 
     `references` are tokens that the model sees beside the image; `keep` is given each step's
     latents and noise level and puts back what is not to change; `noise` gives new noise of the
-    latents' shape to a sampler that renoises. What `on_step` raises ends the run; values that are
-    not finite raise NotFinite after the last step.
+    latents' shape to a sampler that renoises; `on_change` changes the weights before a step of the
+    run's `changes`. What `on_step` raises ends the run; values that are not finite raise NotFinite
+    after the last step.
     """
     model = _GuidedModel(forward, run, text, image.ids, references)
     timesteps = _timesteps(run.sigmas[:-1], image.latents)
@@ -126,13 +143,17 @@ def denoise(
     velocities: deque[Tensor] = deque(maxlen=run.sampler.history)
     finite: list[Tensor] = []
     for step, sigma in enumerate(run.sigmas[:-1]):
+        if step in run.changes:
+            on_change(step)
+            computed.clear()
+            velocities.clear()
         if run.computes(step):
             velocity = model(latents, timesteps[step : step + 1])
             computed.append((sigma, velocity))
         else:
             velocity = extrapolated(computed, sigma)
         velocities.appendleft(velocity)
-        latents = _moved(latents, run.sampler.coefficients(run.sigmas, step), velocities)
+        latents = _moved(latents, run.coefficients(step), velocities)
         if run.sampler.renoises and noise is not None:
             latents, velocity = _renoised(latents, run.sigmas[step + 1], noise())
         if keep is not None:

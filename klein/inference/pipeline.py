@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from klein.core import (
 from klein.errors import LoraError
 from klein.inference import latents, memory, offload
 from klein.inference.adapters.merge import AdapterRequest, LoraMerger
+from klein.inference.adapters.over_run import JobLoras
 from klein.inference.denoise import (
     Embeddings,
     Forward,
@@ -53,9 +55,8 @@ from klein.models import sizes
 from klein.models.plan import Plan
 from klein.models.samplers import DEFAULT_SAMPLER, SAMPLERS, Sampler
 from klein.models.schedule import first_step, mu_of
-from klein.models.speed import STEP_SKIPPING
+from klein.models.speed import STEP_SKIPPING, Acceleration
 from klein.settings import Settings
-from klein.sources.address import redacted
 
 log = logging.getLogger(__name__)
 
@@ -86,17 +87,18 @@ class KleinPipeline:
         settings: Settings,
         attention: str,
         offloader: ModelOffloader | None = None,
+        parts_for: Callable[[Acceleration], Parts] | None = None,
     ) -> None:
-        """`parts` are where `plan` wants them; `offloader` moves them where that is its way."""
+        """`parts` are where `plan` wants them; `offloader` moves them where that is its way, and
+        `parts_for` gives them as they run in a tier that a request names."""
         self.parts = parts
         self.info = _info(parts, plan, settings, attention)
-        self.prompts = PromptEncoder(
-            parts.encoder,
-            parts.tokenizer,
-            plan.device,
-            before=lambda: offloader and offloader.activate(parts.text_encoder),
-        )
         self._plan = plan
+        self._tiers = plan.tiers
+        self._parts_for = parts_for or (lambda _: parts)
+        self.prompts = self._plain_prompts = self._prompts_by(parts.encoder, offloader)
+        if parts.encoder is not parts.text_encoder:
+            self._plain_prompts = self._prompts_by(parts.text_encoder, offloader)
         self._settings = settings
         self._offloader = offloader
         self._encoder = ImageEncoder(parts.vae)
@@ -104,6 +106,17 @@ class KleinPipeline:
         originals = offloader.originals(parts.transformer) if offloader else None
         self._merger = LoraMerger(parts.transformer, plan.spec, originals)
         self._memory_retries = 0
+
+    def _prompts_by(
+        self, encoder: Callable[..., Any], offloader: ModelOffloader | None
+    ) -> PromptEncoder:
+        text_encoder = self.parts.text_encoder
+        return PromptEncoder(
+            encoder,
+            self.parts.tokenizer,
+            self._plan.device,
+            before=lambda: offloader and offloader.activate(text_encoder),
+        )
 
     def stats(self) -> PipelineStats:
         """Why the tier is no faster one, counts since the start, GPU memory."""
@@ -163,6 +176,7 @@ class KleinPipeline:
     def _release(self) -> None:
         """Give back the GPU memory that only makes the next job quicker."""
         self.prompts.forget()
+        self._plain_prompts.forget()
         self._encoder.forget()
         self._merger.release()
         torch.cuda.empty_cache()
@@ -170,39 +184,49 @@ class KleinPipeline:
     def _generate(self, job: Job, clock: "_Clock", low_memory: bool) -> GenerationResult:
         params, warnings = job.params, list(job.warnings)
         job.context.check()
+        faster = self._acceleration(params.speed)
+        parts = self._parts_for(faster)
         if low_memory:
             warnings.append(LOW_MEMORY_WARNING)
         elif self._plan.on_gpu:
             memory.require_room(params, job.inputs.reference_tokens, self._available())
         with torch.inference_mode():
             clock.enter("text")
-            text = self._encode(params, warnings)
+            text = self._encode(params, parts, warnings)
             clock.enter("lora", loras=len(params.loras))
             if self._offloader and self._offloader.activate(self.parts.transformer):
                 self._merger.forget()
-            reports = self._put_loras(job, low_memory, warnings)
-            clock.enter("encode", references=len(job.inputs.references))
+            self._merger.use(float8=faster.has("float8"))
             mu, levels = _levels(params)
-            run = self._run(params, levels, low_memory, warnings)
+            loras = JobLoras(job, len(levels) - 1, partial(self._merge, job, low_memory))
+            loras.merge(0)
+            clock.enter("encode", references=len(job.inputs.references))
+            run = _run(params, levels, loras.changes, faster, low_memory, warnings)
             self.parts.vae.use_tiling = low_memory
             references = self._encoder.references(job.inputs.references)
-            self._choose_tiling(job, low_memory, warnings)
-            drawing = _Drawing(job, run, text, references)
-            with _blaming(reports):
+            self._choose_tiling(params, faster, low_memory, warnings)
+            drawing = _Drawing(job, run, text, references, loras, parts.denoiser)
+            with _blaming(loras):
                 images = tuple(self._draw(drawing, i, clock) for i in range(params.num_images))
             clock.leave()
+        warnings += loras.warnings()
         return GenerationResult(
             id=job.context.id,
             params=params,
             images=images,
-            loras=tuple(reports),
+            loras=tuple(loras.reports),
             mu=mu,
             sigmas=run.sigmas[:-1],
             forwards=run.computed * len(text.branches) * params.num_images,
             timings=clock.timings(),
             warnings=tuple(warnings),
-            model=self.info,
+            model=replace(self.info, speed=faster.tier.name, speed_options=faster.options),
         )
+
+    def _acceleration(self, speed: str) -> Acceleration:
+        """That of a tier's name, which is the pipeline's own or one that it offers."""
+        own = self._plan.acceleration
+        return own if speed in ("", own.tier.name) else self._tiers[speed]
 
     def _available(self) -> int:
         """Bytes of GPU memory that a job can have beside the weights."""
@@ -211,38 +235,30 @@ class KleinPipeline:
             available -= self._offloader.room_for(self.parts.transformer)
         return available
 
-    def _encode(self, params: GenerationParams, warnings: list[str]) -> Embeddings:
+    def _encode(self, params: GenerationParams, parts: Parts, warnings: list[str]) -> Embeddings:
         """The prompt's embeddings and, with guidance, the negative prompt's."""
         length = params.max_sequence_length
+        own = parts.encoder is self.parts.encoder
+        encode = (self.prompts if own else self._plain_prompts).encode
         for field, text in (("prompt", params.prompt), ("negative_prompt", params.negative_prompt)):
             if cut := self.prompts.cut(text, length):
                 warnings.append(f"{field} {cut}")
         guided = params.guidance_scale > 1 and not self._plan.spec.distilled
         return Embeddings(
-            self.prompts.encode(params.prompt, length),
-            self.prompts.encode(params.negative_prompt, length) if guided else None,
+            encode(params.prompt, length),
+            encode(params.negative_prompt, length) if guided else None,
         )
 
     # -- LoRAs ---------------------------------------------------------------------------------
 
-    def _put_loras(self, job: Job, low_memory: bool, warnings: list[str]) -> list[LoraReport]:
-        """Make the job's LoRAs active; with `lora_error: continue` failures become warnings."""
-        requests = [
-            AdapterRequest(redacted(spec.path), file, spec.scale or 0.0)
-            for spec, file in zip(job.params.loras, job.loras, strict=True)
-        ]
+    def _merge(
+        self, job: Job, low_memory: bool, requests: Sequence[AdapterRequest]
+    ) -> list[LoraReport]:
+        """Make LoRAs of the job active; raises with `lora_error: fail`."""
         with self._weights_in_reach(self._merger.has(requests)):
             reports = self._merger.apply(requests, last_try=low_memory)
         if self._merger.errors and job.params.lora_error == "fail":
             raise self._merger.errors[0]
-        for report in reports:
-            if report.error:
-                warnings.append(f"DRAWN WITHOUT A LORA: {report.error}")
-            elif not report.relative_change:
-                why = "it is zero everywhere"
-                if abs(report.scale) < 0.005:  # nor is it known to be zero
-                    why = f"its scale is {report.scale:g}"
-                warnings.append(f"LoRA {report.path!r} changes nothing: {why}")
         return reports
 
     @contextmanager
@@ -259,34 +275,21 @@ class KleinPipeline:
 
     # -- sampling ------------------------------------------------------------------------------
 
-    def _run(
-        self,
-        params: GenerationParams,
-        levels: tuple[float, ...],
-        low_memory: bool,
-        warnings: list[str],
-    ) -> Run:
-        faster, sampler = self._plan.acceleration, SAMPLERS[params.sampler]
-        start = first_step(params.num_inference_steps, params.strength)
-        levels = levels[start:]
-        skipping = STEP_SKIPPING if faster.has("step_skipping") else None
-        if skipping and (why := _skips_none(sampler, len(levels) - 1)):
-            warnings.append(f"no step was skipped: {why}")
-            skipping = None
-        return Run(
-            levels,
-            sampler,
-            params.guidance_scale,
-            batched_cfg=faster.has("batched_cfg") and not low_memory,
-            skipping=skipping,
-        )
-
     def _draw(self, drawing: "_Drawing", number: int, clock: "_Clock") -> GeneratedImage:
-        job, run, text = drawing.job, drawing.run, drawing.text
+        job, run, loras = drawing.job, drawing.run, drawing.loras
+
+        def change(step: int) -> None:
+            clock.enter("lora", image=number + 1, step=step)
+            loras.merge(step)
+            clock.enter("denoise", image=number + 1, steps=run.steps)
+
+        if loras.changes and number:
+            change(0)
         clock.enter("denoise", image=number + 1, steps=run.steps)
         seed = (job.params.seed + number) % SEEDS
         size = job.params.width, job.params.height
-        noises = latents.noises(*size, seed, text.prompt.dtype, text.prompt.device)
+        prompt = drawing.text.prompt
+        noises = latents.noises(*size, seed, prompt.dtype, prompt.device)
         image = next(noises)
         image, keep = self._started(job.inputs, run, image)
         previews = self._previews(job, run, number + 1)
@@ -297,14 +300,15 @@ class KleinPipeline:
             job.context.report(Progress(step.number, run.steps, number + 1, job.params.num_images))
 
         clean = denoise(
-            self.parts.denoiser,
+            drawing.denoiser,
             run,
-            text,
+            drawing.text,
             image,
             on_step,
             drawing.references,
             keep,
             lambda: next(noises).latents,
+            change,
         )
         if previews:
             previews.flush()
@@ -343,10 +347,12 @@ class KleinPipeline:
             self._map = LinearMap.fit(self.parts.vae)
         return self._map
 
-    def _choose_tiling(self, job: Job, low_memory: bool, warnings: list[str]) -> None:
-        vae, params = self.parts.vae, job.params
+    def _choose_tiling(
+        self, params: GenerationParams, faster: Acceleration, low_memory: bool, warnings: list[str]
+    ) -> None:
+        vae = self.parts.vae
         vae.use_tiling = low_memory or memory.wants_tiles(
-            params, self._settings, self.info.speed, on_gpu=self._plan.on_gpu
+            params, self._settings, faster.tier.name, on_gpu=self._plan.on_gpu
         )
         if vae.use_tiling and max(params.width, params.height) > vae.tile_sample_min_size:
             warnings.append(TILES_WARNING)
@@ -360,28 +366,56 @@ class _Drawing:
     run: Run
     text: Embeddings
     references: Tokens | None
+    loras: JobLoras
+    denoiser: Forward
 
 
 @contextmanager
-def _blaming(reports: Sequence[LoraReport]) -> Iterator[None]:
+def _blaming(loras: JobLoras) -> Iterator[None]:
     """With LoRAs on the weights, steps that are not finite are theirs: raises LoraError."""
     try:
         yield
     except NotFinite as error:
-        named = ", ".join(repr(one.path) for one in reports if one.applied)
+        named = ", ".join(repr(one.path) for one in loras.reports if one.applied)
         if not named:
             raise
         raise LoraError(f"LoRA {named}: with it {error}") from error
 
 
 def _levels(params: GenerationParams) -> tuple[float | None, tuple[float, ...]]:
-    """mu, None where the noise levels are given, and the levels with the 0 after them."""
-    if isinstance(params.schedule, tuple):
-        return None, (*params.schedule, 0.0)
-    mu = mu_of(
-        params.schedule, sizes.tokens(params.width, params.height), params.num_inference_steps
+    """mu, None where the noise levels are given, and the levels that are run through, with the 0
+    after them."""
+    steps, start = (
+        params.num_inference_steps,
+        first_step(params.num_inference_steps, params.strength),
     )
-    return mu, noise_levels(params.schedule, mu, params.num_inference_steps)
+    if isinstance(params.schedule, tuple):
+        return None, (*params.schedule, 0.0)[start:]
+    mu = mu_of(params.schedule, sizes.tokens(params.width, params.height), steps)
+    return mu, noise_levels(params.schedule, mu, steps)[start:]
+
+
+def _run(
+    params: GenerationParams,
+    levels: tuple[float, ...],
+    changes: tuple[int, ...],
+    faster: Acceleration,
+    low_memory: bool,
+    warnings: list[str],
+) -> Run:
+    sampler = SAMPLERS[params.sampler]
+    skipping = STEP_SKIPPING if faster.has("step_skipping") else None
+    if skipping and (why := _skips_none(sampler, len(levels) - 1)):
+        warnings.append(f"no step was skipped: {why}")
+        skipping = None
+    return Run(
+        levels,
+        sampler,
+        params.guidance_scale,
+        batched_cfg=faster.has("batched_cfg") and not low_memory,
+        skipping=skipping,
+        changes=changes,
+    )
 
 
 def _skips_none(sampler: Sampler, steps: int) -> str | None:
@@ -407,6 +441,7 @@ def _info(parts: Parts, plan: Plan, settings: Settings, attention: str) -> Model
         attention=attention,
         speed=plan.acceleration.tier.name,
         speed_options=plan.acceleration.options,
+        speeds=tuple(plan.tiers),
         transformer=plan.checkpoint.name if plan.checkpoint else None,
         versions={
             "klein": __version__,

@@ -67,6 +67,21 @@ class Plan:
         return "cpu" if self.acceleration.has("float8") and not self.originals_fit else self.read_to
 
     @property
+    def has_originals(self) -> bool:
+        """Whether the block linears' full weights are on the device that draws."""
+        return not self.acceleration.has("float8") or (
+            self.originals_fit and not _is_float8(self.checkpoint)
+        )
+
+    @property
+    def tiers(self) -> dict[str, Acceleration]:
+        """What a request may choose from, by the tiers' names; the server's own is among them."""
+        situation = speed.situation(
+            self.offload, distilled=self.spec.distilled, float8=_is_float8(self.checkpoint)
+        )
+        return speed.offered(self.acceleration, situation, originals=self.has_originals)
+
+    @property
     def keeps_float8(self) -> bool:
         """Whether the checkpoint's float8 weights act as they are; if not, they are made bfloat16
         while they are read."""
@@ -81,7 +96,14 @@ def plan(settings: Settings, machine: Machine) -> Plan:
     float8 = _is_float8(model.checkpoint)
     offload, why = place(settings, machine, spec, device.kind, float8=float8)
     situation = speed.situation(offload, distilled=spec.distilled, float8=float8)
-    faster = speed.choose(settings.speed, device.kind, device.capability, situation, float8=float8)
+    faster = speed.choose(
+        settings.speed,
+        device.kind,
+        device.capability,
+        situation,
+        float8=float8,
+        without=_without(settings),
+    )
     if float8 and not faster.has("float8"):
         notes += (
             f"its float8 weights are turned into full ones once, while they are read: the "
@@ -98,7 +120,7 @@ def plan(settings: Settings, machine: Machine) -> Plan:
         found_in=found.place if found else "the Hugging Face Hub, to be downloaded",
         local=found is not None and found.place == LOCAL,
         download=found is None,
-        originals_fit=device.kind == "cpu" or float8 or _both_fit(spec, machine),
+        originals_fit=device.kind == "cpu" or float8 or _both_fit(spec, machine, settings),
         checkpoint=model.checkpoint,
         notes=notes,
     )
@@ -178,8 +200,14 @@ def _is_float8(file: Checkpoint | None) -> bool:
     return file is not None and file.float8
 
 
-def _both_fit(spec: ModelSpec, machine: Machine) -> bool:
-    both = spec.resident_bytes + spec.block_parameters
+def _without(settings: Settings) -> frozenset[str]:
+    """The optional speed options that are turned off."""
+    return frozenset({"float8_text"} if settings.text_encoder == "bfloat16" else ())
+
+
+def _both_fit(spec: ModelSpec, machine: Machine, settings: Settings) -> bool:
+    _, text = spec.bytes_of(float8=True, float8_text=not _without(settings))
+    both = spec.transformer_bytes + spec.block_parameters + text + spec.vae_bytes
     return both + working_bytes(spec, "fast") < machine.device("cuda").free
 
 
@@ -266,13 +294,14 @@ def place(
     gpu = machine.device("cuda")
     tier, free = speed.wanted(settings.speed, device, gpu.capability, float8=float8), gpu.free
     working = working_bytes(spec, tier.name)
-    transformer = spec.transformer_bytes
-    if "float8" in tier.options:
-        transformer -= spec.block_parameters
-    resident = transformer + spec.text_encoder_bytes + spec.vae_bytes
+    options = set(tier.options) - _without(settings)
+    transformer, text = spec.bytes_of(
+        float8="float8" in options, float8_text="float8_text" in options
+    )
+    resident = transformer + text + spec.vae_bytes
     needs: dict[Offload, int] = {
         "none": resident + working,
-        "model": max(transformer, spec.text_encoder_bytes) + spec.vae_bytes + working,
+        "model": max(transformer, text) + spec.vae_bytes + working,
         "sequential": min(SEQUENTIAL_BYTES, resident + working),
     }
     allowed = [x for x in needs if settings.offload in ("auto", x)]
@@ -284,7 +313,7 @@ def place(
     if fitting is None:
         least = needs[allowed[-1]]
         hint = "; KLEIN_OFFLOAD=auto would decide by itself" if settings.offload != "auto" else ""
-        if settings.speed not in ("auto", "eager"):
+        if settings.speed != "auto" and speed.excludes(tier, {"sequential"}):
             hint = f"; KLEIN_SPEED={settings.speed} needs them at hand, KLEIN_SPEED=auto does not"
         raise ModelUnavailable(
             f"{spec.name} needs {_gb(least)} of GPU memory with offload {allowed[-1]!r}, and "
@@ -292,7 +321,7 @@ def place(
             field="KLEIN_OFFLOAD",
         )
     kept = {"none": 0, "model": resident}.get(fitting, spec.resident_bytes)
-    if "float8" in tier.options and not float8 and not _both_fit(spec, machine):
+    if "float8" in tier.options and not float8 and not _both_fit(spec, machine, settings):
         kept = spec.transformer_bytes
     if machine.memory_free < kept:
         raise ModelUnavailable(

@@ -1,7 +1,7 @@
 """What makes pictures come faster: one row each, in the order they are put on, and the tiers.
 
-A tier is what an operator chooses (KLEIN_SPEED); but for what is `optional` it is in force whole
-or not at all.
+A tier is what an operator chooses (KLEIN_SPEED), and a request among those that the server's
+weights can serve; but for what is `optional` it is in force whole or not at all.
 """
 
 from collections.abc import Set
@@ -28,6 +28,8 @@ class Option:
 
     `needs` are options that must be on before it, `excludes` are SITUATIONS, `capability` is the
     least of a GPU. One that is `optional` is left out where it cannot be, and the tier stands.
+    One that is `per_run` needs nothing of the start, so any run can have it; what `needs_originals`
+    to be left out again acts in place of weights, and what is `lasting` keeps none to go back to.
     """
 
     name: str
@@ -37,6 +39,9 @@ class Option:
     excludes: tuple[str, ...] = ()
     capability: Capability = (8, 0)
     optional: bool = False
+    per_run: bool = False
+    needs_originals: bool = False
+    lasting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +133,18 @@ OPTIONS: dict[str, Option] = {
             needs=("fused",),
             excludes=("model", "sequential"),
             capability=(8, 9),
+            needs_originals=True,
+        ),
+        Option(
+            "float8_text",
+            False,
+            "so do those of the text encoder, whose weights are kept in float8 alone; "
+            "`KLEIN_TEXT_ENCODER=bfloat16` leaves it out",
+            needs=("fused",),
+            excludes=("model", "sequential"),
+            capability=(8, 9),
+            optional=True,
+            lasting=True,
         ),
         Option(
             "step_skipping",
@@ -135,6 +152,8 @@ OPTIONS: dict[str, Option] = {
             f"after {STEP_SKIPPING.first} steps only every other one and the last are computed, "
             f"in runs of {_SKIPS_FROM}",
             excludes=("distilled",),
+            capability=(0, 0),
+            per_run=True,
         ),
     )
 }
@@ -145,11 +164,13 @@ TIERS: dict[str, Tier] = {
     row.name: row
     for row in (
         Tier("eager", (), "diffusers as it is"),
+        Tier("eager_skipping", ("step_skipping",), "eager with the forwards of turbo"),
         Tier("exact", EXACT, "the same pictures, sooner"),
-        Tier("fast", (*EXACT, "float8"), "nearly the same pictures"),
+        Tier("exact_skipping", (*EXACT, "step_skipping"), "exact with the forwards of turbo"),
+        Tier("fast", (*EXACT, "float8", "float8_text"), "nearly the same pictures"),
         Tier(
             "turbo",
-            (*EXACT, "float8", "step_skipping"),
+            (*EXACT, "float8", "float8_text", "step_skipping"),
             "fewer forwards: pictures differ in detail",
         ),
     )
@@ -181,9 +202,10 @@ def choose(
     situation: frozenset[str],
     *,
     float8: bool = False,
+    without: Set[str] = frozenset(),
 ) -> Acceleration:
     """The tier in force; `situation` are those of SITUATIONS that hold, `float8` says that the
-    weights come so.
+    weights come so, `without` names optional options that the operator does without.
 
     A tier named in the setting is refused with ModelUnavailable where it cannot be; `auto` falls
     back to eager and says why.
@@ -191,18 +213,43 @@ def choose(
     tier = wanted(speed, device, capability, float8=float8)
     obstacle = _obstacle(tier, device, capability, situation)
     if obstacle is None:
-        return Acceleration(tier, tuple(x for x in tier.options if _fits(OPTIONS[x], situation)))
+        kept = (x for x in tier.options if x not in without and _fits(OPTIONS[x], situation))
+        return Acceleration(tier, tuple(kept))
     if speed == "auto":
         return eager(f"{tier.name} cannot be used: {obstacle}")
     best = next(
         other.name
         for other in reversed(TIERS.values())
-        if _obstacle(other, device, capability, situation) is None
+        if set(other.options) <= set(tier.options)
+        and _obstacle(other, device, capability, situation) is None
     )
     raise ModelUnavailable(
         f"KLEIN_SPEED={speed} cannot be used: {obstacle}; KLEIN_SPEED={best} can",
         field="KLEIN_SPEED",
     )
+
+
+def offered(
+    server: Acceleration, situation: Set[str], *, originals: bool
+) -> dict[str, Acceleration]:
+    """What a request may choose from where `server` is in force, by the tiers' names.
+
+    `situation` are those of SITUATIONS that hold; `originals` says that full weights are on the
+    device beside those that an option acts through in their place.
+    """
+    per_run = {o.name for o in OPTIONS.values() if o.per_run and _fits(o, situation)}
+    able = per_run.union(server.options)
+    fixed = {
+        name
+        for name in server.options
+        if OPTIONS[name].lasting or (OPTIONS[name].needs_originals and not originals)
+    }
+    return {
+        tier.name: Acceleration(tier, tuple(name for name in tier.options if name in able))
+        for tier in TIERS.values()
+        if fixed <= set(tier.options)
+        and all(name in able for name in tier.options if not OPTIONS[name].optional)
+    }
 
 
 def eager(why: str) -> Acceleration:

@@ -13,6 +13,7 @@ from typing import Any
 from klein import __version__
 from klein.core import Delivery, GeneratedImage, GenerationParams, GenerationResult, InputInfo
 from klein.errors import InvalidRequest
+from klein.lora.spec import LoraSpec
 from klein.models.samplers import SAMPLERS
 from klein.request.schema import GenerateRequest
 from klein.sources.address import redacted
@@ -53,6 +54,7 @@ _IN_REPORT = (
     "effective_scale",
     "relative_change",
     "trigger_words",
+    "block_layers",
 )
 
 
@@ -64,18 +66,21 @@ def to_text(result: GenerationResult, image: GeneratedImage, delivery: Delivery)
     params = result.params
     own: dict[str, Any] = {name: getattr(params, name) for name in _AS_IS}
     own |= {name: len(getattr(params, name)) for name in _IN_TEXT}
-    own |= {"seed": image.seed, "num_images": 1}
+    own |= {"seed": image.seed, "num_images": 1, "speed": result.model.speed}
     own |= _inputs(params)
     own |= {name: getattr(delivery, name) for name in _DELIVERY}
     applied = [report for report in result.loras if report.applied]
     own["loras"] = [
-        {"path": redacted(spec.path), "scale": spec.scale}
-        | {k: v for k in _HUB_ONLY if (v := getattr(spec, k)) is not None}
+        lora_as_asked(spec) | {k: v for k in _HUB_ONLY if (v := getattr(spec, k)) is not None}
         for spec, report in zip(params.loras, result.loras, strict=True)
         if report.applied
     ]
     own["lora_reports"] = [
-        {name: value for name in _IN_REPORT if (value := getattr(report, name)) not in (None, ())}
+        {
+            name: value
+            for name in _IN_REPORT
+            if (value := getattr(report, name)) not in (None, (), {})
+        }
         for report in applied
     ]
     hashes = ", ".join(f"{x.path}: {(x.sha256 or '')[:12]}" for x in applied)
@@ -86,6 +91,12 @@ def to_text(result: GenerationResult, image: GeneratedImage, delivery: Delivery)
         "klein": _quote(json.dumps(own, ensure_ascii=False, separators=(",", ":"))),
     }
     return f"{params.prompt}{_NEGATIVE}{params.negative_prompt}\n{_line(pairs)}"
+
+
+def lora_as_asked(spec: LoraSpec) -> dict[str, Any]:
+    """What a request says of a LoRA's strength, and its path without tokens."""
+    asked: dict[str, Any] = {"path": redacted(spec.path), "scale": spec.scale}
+    return asked | ({"block_weights": dict(spec.block_weights)} if spec.block_weights else {})
 
 
 def to_minimal_text(result: GenerationResult, image: GeneratedImage) -> str:

@@ -21,7 +21,6 @@ from klein.output import images, metadata
 from klein.output.delivery import Bucket
 from klein.output.marks import Marks
 from klein.request.formats import FORMATS
-from klein.sources.address import redacted
 
 SMALLER = ("webp", 90)
 """Format and quality that images get when an answer would be too large for the platform."""
@@ -163,7 +162,7 @@ def model_json(model: ModelInfo) -> dict[str, Any]:
 
 def parameters_json(params: GenerationParams, delivery: Delivery) -> dict[str, Any]:
     """Everything that was decided, drawing and delivery, under the names of a request."""
-    loras = [{"path": redacted(lora.path), "scale": lora.scale} for lora in params.loras]
+    loras = [metadata.lora_as_asked(lora) for lora in params.loras]
     return {**asdict(params), "loras": loras, **asdict(delivery)}
 
 

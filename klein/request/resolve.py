@@ -1,14 +1,14 @@
 """From a request to parameters. Pure: the model's row and the random source are passed in."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 from klein.core import Delivery, GenerationParams
 from klein.errors import InvalidRequest
-from klein.lora.spec import SCALE_RANGE, LoraSpec
-from klein.models import sizes
+from klein.lora.spec import SCALE_RANGE, BlockWeights, LoraSpec, block_names, deciding
+from klein.models import layers, sizes
 from klein.models.catalog import ModelSpec
 from klein.models.sizes import Size
 from klein.request import edit
@@ -42,26 +42,22 @@ def resolve(
     *,
     prompt_loras: bool = False,
     base_loras: tuple[LoraSpec, ...] = (),
+    speed: str = "",
+    speeds: Collection[str] = (),
 ) -> Resolved:
     """Fill what `request` leaves open: its own values first, then a distilled model's, then the
-    preset's. Raises InvalidRequest for a size no picture can have, and for fields that do not go
-    together.
+    preset's. Raises InvalidRequest for a size no picture can have, for fields that do not go
+    together, and for a speed or layers that are not there.
 
     With `prompt_loras`, `<lora:name:0.8>` in the prompt is a LoRA and is taken out of it.
-    `base_loras` come first, whatever the request says.
+    `base_loras` come first, whatever the request says. `speed` is the server's own, `speeds` are
+    those that it serves; without any a request may name what it will.
     """
     preset = PRESETS[request.preset or DEFAULT_PRESET]
     warnings: list[str] = []
     prompt, named = _prompt_loras(request.prompt) if prompt_loras else (request.prompt, ())
-    loras = (*_loras(request, warnings), *named)
-    if len(loras) > MAX_LORAS:
-        raise InvalidRequest(f"loras: {len(loras)} are too many, {MAX_LORAS} are the most")
-    loras = _with_base(loras, base_loras, warnings)
-    if preset.turbo and not model.distilled and not any(map(_is_turbo, loras)):
-        warnings.append(
-            f"preset {preset.name} is for a base model with a turbo LoRA on, and no LoRA here is "
-            "called one: without it images are blurred"
-        )
+    loras = _with_base((*_loras(request, model, warnings), *named), base_loras, warnings)
+    warnings += _turbo_warning(preset, model, loras)
     edit.check_combination(request)
     own = sizes.scale_to(preset.width, preset.height, model.native_size)
     sources = edit.sources(request, own[0] * own[1], model)
@@ -85,6 +81,7 @@ def resolve(
         sampler=_first(request.sampler, preset.sampler),
         schedule=_first(request.schedule, preset.schedule),
         max_sequence_length=_sequence(request, preset, model, warnings),
+        speed=_speed(request.speed, speed, speeds),
         **edit.settings(request),
     )
     delivery = Delivery(request.output_format, request.output_quality, request.return_type)
@@ -111,16 +108,39 @@ def _steps(request: GenerateRequest, preset: Preset, model: ModelSpec) -> int:
     return len(request.schedule)
 
 
+def _speed(asked: str | None, own: str, offered: Collection[str]) -> str:
+    """The tier that draws; raises InvalidRequest for one that this server cannot be asked for."""
+    if asked is None or not offered or asked in (own, *offered):
+        return asked or own
+    others = ", ".join(name for name in offered if name != own) or "nothing else"
+    raise InvalidRequest(
+        f"speed: {asked!r} cannot be had here: this server draws in {own} and also has {others}",
+        field="speed",
+    )
+
+
 def _with_base(
     loras: tuple[LoraSpec, ...], base: tuple[LoraSpec, ...], warnings: list[str]
 ) -> tuple[LoraSpec, ...]:
     """The LoRAs that are always on, then a request's others."""
+    if len(loras) > MAX_LORAS:
+        raise InvalidRequest(f"loras: {len(loras)} are too many, {MAX_LORAS} are the most")
     fixed = {redacted(lora.path): lora.scale for lora in base}
     for lora in loras:
         name = redacted(lora.path)
-        if lora.scale != fixed.get(name, lora.scale):
+        if name in fixed and (lora.scale != fixed[name] or lora.block_weights):
             warnings.append(f"{name} is always on here at scale {fixed[name]:g}, whatever is asked")
     return (*base, *(lora for lora in loras if redacted(lora.path) not in fixed))
+
+
+def _turbo_warning(preset: Preset, model: ModelSpec, loras: tuple[LoraSpec, ...]) -> list[str]:
+    """What to say of a preset for turbo LoRAs where none is on."""
+    if not preset.turbo or model.distilled or any(map(_is_turbo, loras)):
+        return []
+    return [
+        f"preset {preset.name} is for a base model with a turbo LoRA on, and no LoRA here is "
+        "called one: without it images are blurred"
+    ]
 
 
 def _is_turbo(lora: LoraSpec) -> bool:
@@ -180,8 +200,13 @@ def _sequence(
     return min(wanted, model.max_sequence_length)
 
 
-def _loras(request: GenerateRequest, warnings: list[str]) -> tuple[LoraSpec, ...]:
-    specs = [LoraSpec(**lora.model_dump()) for lora in request.loras]
+def _loras(request: GenerateRequest, model: ModelSpec, warnings: list[str]) -> tuple[LoraSpec, ...]:
+    specs = [
+        LoraSpec(**lora.model_dump() | {"block_weights": tuple(lora.block_weights.items())})
+        for lora in request.loras
+    ]
+    for number, spec in enumerate(specs):
+        _require_layers(f"loras.{number}.block_weights", spec.block_weights, model)
     if request.lora_path:
         specs.append(LoraSpec(request.lora_path, request.lora_scale))
     elif request.lora_scale not in (None, 1.0):
@@ -189,6 +214,18 @@ def _loras(request: GenerateRequest, warnings: list[str]) -> tuple[LoraSpec, ...
             "lora_scale has no effect without lora_path: in `loras` each entry has its own scale"
         )
     return tuple(specs)
+
+
+def _require_layers(field: str, block_weights: BlockWeights, model: ModelSpec) -> None:
+    """Raise InvalidRequest for a pattern that no layer of the model matches."""
+    names = layers.modules(model.double_blocks, model.single_blocks) if block_weights else []
+    for pattern, weight in block_weights:
+        if not any(deciding(((pattern, weight),), name) for name in names):
+            raise InvalidRequest(
+                f"{field}: {pattern!r} matches no layer of {model.name}; it has "
+                f"{block_names(names)}, and in them such as attn.to_q and ff.linear_in",
+                field=field,
+            )
 
 
 _IN_PROMPT = re.compile(r"<lora:([^:<>]+)(?::([^:<>]*))?>")

@@ -1,5 +1,6 @@
 """The wire shape of a request: every field typed and bounded, unknown keys refused."""
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Literal
 
@@ -13,13 +14,15 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from klein.errors import InvalidRequest, unknown
-from klein.lora.spec import SCALE_RANGE
+from klein.lora import spec
+from klein.lora.spec import MAX_BLOCK_WEIGHTS, MAX_PATTERN, MAX_POINTS, SCALE_RANGE, Curve
 from klein.models import schedule as schedules
 from klein.models.samplers import DEFAULT_SAMPLER, SAMPLERS
 from klein.models.schedule import MAX_STEPS, MU_RANGE, SCHEDULES, Schedule
+from klein.models.speed import TIERS
 from klein.request import formats, presets
 from klein.request.images import MAX_IMAGES, MAX_TEXT
 
@@ -87,11 +90,58 @@ def _schedule(value: Any) -> Schedule:
 
 def _levels(values: Sequence[Any]) -> tuple[float, ...]:
     """Noise levels, without the 0 that may end them."""
-    numeric = all(isinstance(x, int | float) and not isinstance(x, bool) for x in values)
+    numeric = all(map(_is_number, values))
     levels = values[:-1] if numeric and values and values[-1] == 0 else values
     if why := schedules.fault(levels) if numeric else "noise levels are numbers":
         raise PydanticCustomError("schedule", "{why}", {"why": why})
     return tuple(map(float, levels))
+
+
+def _scale(value: Any) -> float | Curve:
+    """A number within SCALE_RANGE, or points of a scale over the run."""
+    if isinstance(value, list | tuple):
+        return _points(value)
+    low, high = SCALE_RANGE
+    if not _is_number(_number(value)):
+        raise PydanticKnownError("float_type")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise PydanticKnownError("finite_number")
+    if value < low:
+        raise PydanticKnownError("greater_than_equal", {"ge": low})
+    if value > high:
+        raise PydanticKnownError("less_than_equal", {"le": high})
+    return float(value)
+
+
+def _points(value: Sequence[Any]) -> Curve:
+    pairs = all(
+        isinstance(point, list | tuple) and len(point) == 2 and all(map(_is_number, point))
+        for point in value
+    )
+    why = spec.fault(value) if pairs else "is pairs of a fraction of the run and a scale"
+    if why:
+        raise PydanticCustomError(
+            "points", "a scale over the run {why}; such as [[0, 0.4], [0.5, 1]]", {"why": why}
+        )
+    return tuple((float(fraction), float(scale)) for fraction, scale in value)
+
+
+def _patterns(value: Any) -> Any:
+    """Block weights whose patterns can be echoed."""
+    if isinstance(value, dict):
+        if len(value) > MAX_BLOCK_WEIGHTS:
+            raise PydanticCustomError(
+                "patterns", "{most} patterns are the most", {"most": MAX_BLOCK_WEIGHTS}
+            )
+        if not all(isinstance(key, str) and 1 <= len(key) <= MAX_PATTERN for key in value):
+            raise PydanticCustomError(
+                "patterns", "a pattern has 1 to {most} characters", {"most": MAX_PATTERN}
+            )
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _none_if_blank(value: Any) -> Any:
@@ -103,6 +153,7 @@ FormatName = Annotated[
     str, _one_of("format", formats.FORMATS, formats.FORMAT_ALIASES), _enum(formats.FORMATS)
 ]
 SamplerName = Annotated[str, _one_of("sampler", SAMPLERS), _enum(SAMPLERS)]
+SpeedName = Annotated[str, _one_of("speed", TIERS), _enum(TIERS)]
 ReturnType = Annotated[
     str, _one_of("return_type", formats.RETURN_TYPES), _enum(formats.RETURN_TYPES)
 ]
@@ -118,6 +169,33 @@ ScheduleField = Annotated[
             ]
         }
     ),
+]
+
+
+ScaleField = Annotated[
+    float | Curve,
+    BeforeValidator(_scale),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "minimum": SCALE_RANGE[0], "maximum": SCALE_RANGE[1]},
+                {
+                    "type": "array",
+                    "items": {
+                        "type": "array",
+                        "items": {"type": "number"},
+                        "minItems": 2,
+                        "maxItems": 2,
+                    },
+                    "minItems": 1,
+                    "maxItems": MAX_POINTS,
+                },
+            ]
+        }
+    ),
+]
+BlockWeightsField = Annotated[
+    dict[str, Scale], Field(max_length=MAX_BLOCK_WEIGHTS), BeforeValidator(_patterns)
 ]
 
 
@@ -145,9 +223,15 @@ class LoraRequest(_Strict):
         description="`name.safetensors` in the LoRA folder, `owner/repo[@revision]` on the Hub, "
         "an https address, or `civitai:VERSION`",
     )
-    scale: Scale | None = Field(
+    scale: ScaleField | None = Field(
         None,
-        description="1 is as trained; the file's own default if left out",
+        description="1 is as trained; the file's own default if left out; "
+        "`[[0, 0.4], [0.5, 1]]` is 0.4 for the first half of the run's steps and 1 from there on",
+    )
+    block_weights: BlockWeightsField = Field(
+        {},
+        description="what the scale is multiplied by in layers whose names match: "
+        '`{"single_transformer_blocks.*": 0.5}`; of several patterns the last decides',
     )
     weight_name: str | None = Field(
         None, max_length=500, description="which file of a Hub repository that has several"
@@ -214,6 +298,11 @@ class GenerateRequest(_Strict):
     )
     schedule: ScheduleField | None = Field(
         None, description="time shift: a name, a number taken as mu, or a list of noise levels"
+    )
+    speed: SpeedName | None = Field(
+        None,
+        description="the tier, one of those that `/capabilities` lists; the server's own if left "
+        "out",
     )
     max_sequence_length: Annotated[int, Field(ge=16, le=512), NUMBER] | None = Field(
         None, description="prompt tokens read; part of a picture's identity"

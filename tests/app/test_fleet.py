@@ -12,7 +12,8 @@ import pytest
 
 from klein.app import fleet as fleets
 from klein.app import replica
-from klein.app.fleet import CALLER, Fleet, FleetGenerator, ReplicaLost, lora_key
+from klein.app.account import CALLER
+from klein.app.fleet import Fleet, FleetGenerator, ReplicaLost, lora_key
 from klein.app.generator import Generated
 from klein.app.replica import Hello, Message, Order, Replica
 from klein.core import (

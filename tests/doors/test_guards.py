@@ -365,3 +365,31 @@ def test_a_body_that_drips_is_given_up(
     started = time.monotonic()
     answer = drive(app, "/loras", [b" "] * 1000, pause=0.05, kind=kind)
     assert (answer["status"], time.monotonic() - started < 2) == (408, True)
+
+
+@pytest.mark.parametrize(("more", "most"), [({}, 2), ({"KLEIN_JOBS_PER_KEY": "1"}, 1)])
+def test_one_key_cannot_hold_all_places(more: dict[str, str], most: int) -> None:
+    """Half of the queue at most unless a setting says so; another key may draw beside it."""
+    pipe = fakes.FakePipeline()
+    pipe.gate.clear()
+    made = fakes.generator(pipe, KLEIN_API_KEYS=KEYS, KLEIN_QUEUE_SIZE="4", **more)
+    with TestClient(standalone(made)) as client:
+
+        def post(key: str) -> Any:
+            body = {"input": {"prompt": "x"}}
+            return client.post("/jobs", json=body, headers={"x-api-key": key})
+
+        mine = [post(ANNA) for _ in range(most + 1)]
+        assert [answer.status_code for answer in mine] == [202] * most + [429]
+        error = mine[-1].json()["error"]
+        assert error["code"] == "queue_full"
+        assert "'anna'" in error["message"]
+        assert "KLEIN_JOBS_PER_KEY" in error["message"]
+        assert post(OPS).status_code == 202
+        pipe.gate.set()
+        for answer in mine[:most]:
+            url = f"/jobs/{answer.json()['id']}"
+            headers = {"x-api-key": ANNA}
+            while client.get(url, headers=headers).json()["status"] not in ("succeeded", "failed"):
+                time.sleep(0.01)
+        assert post(ANNA).status_code == 202

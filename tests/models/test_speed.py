@@ -31,12 +31,52 @@ def test_the_table_names_only_what_there_is() -> None:
 
 
 def test_each_tier_adds_to_the_one_before() -> None:
-    """A faster tier never leaves out what a slower one has, and exactness is lost once."""
-    tiers = list(TIERS.values())
-    for slower, faster in pairwise(tiers):
-        assert set(slower.options) < set(faster.options)
-        assert slower.exact or not faster.exact
-    assert [tier.exact for tier in tiers] == [True, True, False, False]
+    """A faster tier never leaves out what a slower one has, with step skipping and without."""
+    for names in (
+        ("eager", "exact", "fast", "turbo"),
+        ("eager_skipping", "exact_skipping", "turbo"),
+    ):
+        for slower, faster in pairwise(TIERS[name] for name in names):
+            assert set(slower.options) < set(faster.options)
+    assert [tier.name for tier in TIERS.values() if tier.exact] == ["eager", "exact"]
+
+
+BF16 = ["eager", "eager_skipping", "exact", "exact_skipping"]
+
+
+@pytest.mark.parametrize(
+    ("server", "situation", "originals", "offered"),
+    [
+        ("eager", NOTHING, True, BF16[:2]),
+        ("eager_skipping", frozenset({"sequential"}), True, BF16[:2]),
+        ("exact", NOTHING, True, BF16),
+        ("exact", frozenset({"model"}), True, BF16),
+        ("exact", frozenset({"distilled"}), True, ["eager", "exact"]),
+        ("fast", NOTHING, False, ["fast", "turbo"]),
+        ("turbo", NOTHING, False, ["fast", "turbo"]),
+        ("fast", NOTHING, True, list(TIERS)),
+        ("fast", frozenset({"distilled"}), True, ["eager", "exact", "fast"]),
+    ],
+)
+def test_a_request_may_name_what_the_weights_serve(
+    server: str, situation: frozenset[str], originals: bool, offered: list[str]
+) -> None:
+    """float8 only where it is, full weights only where they are, step skipping but for distilled
+    models; each with the options that the server has of the tier's."""
+    plain = frozenset({"float8_text"}) if originals else frozenset()
+    mine = acceleration.choose(server, "cuda", HOPPER, situation, without=plain)
+    found = acceleration.offered(mine, situation, originals=originals)
+    assert list(found) == offered
+    assert found[server] == mine
+    for name, one in found.items():
+        left_out = set(TIERS[name].options) - set(one.options)
+        assert left_out <= {"cuda_graph", *plain}
+
+
+def test_a_float8_text_encoder_is_for_good() -> None:
+    """Its full weights are gone: only tiers that have it are offered."""
+    mine = acceleration.choose("fast", "cuda", HOPPER, NOTHING)
+    assert list(acceleration.offered(mine, NOTHING, originals=True)) == ["fast", "turbo"]
 
 
 @pytest.mark.parametrize(("device", "tier"), [("cuda", "exact"), ("cpu", "eager")])
@@ -57,6 +97,8 @@ def test_auto_follows_the_device(device: str, tier: str) -> None:
         ),
         ("exact", HOPPER, frozenset({"sequential"}), "fused .*sequential.*KLEIN_SPEED=eager can"),
         ("fast", HOPPER, frozenset({"model"}), "float8 .*offload.*KLEIN_SPEED=exact can"),
+        ("turbo", (8, 0), NOTHING, "float8 .*KLEIN_SPEED=exact_skipping can"),
+        ("exact_skipping", (7, 5), NOTHING, "fused needs .*KLEIN_SPEED=eager_skipping can"),
         ("exact", (7, 5), NOTHING, "fused needs compute capability 8.0 .*KLEIN_SPEED=eager can"),
     ],
 )
@@ -79,6 +121,13 @@ def test_what_is_optional_is_left_out_where_it_cannot_be() -> None:
     assert acceleration.excludes(TIERS["fast"], {"model"})
 
 
+def test_what_is_optional_can_be_turned_off() -> None:
+    """The rest of the tier stands."""
+    whole = acceleration.choose("turbo", "cuda", HOPPER, NOTHING)
+    without = acceleration.choose("turbo", "cuda", HOPPER, NOTHING, without={"float8_text"})
+    assert set(whole.options) - set(without.options) == {"float8_text"}
+
+
 def test_klein_s_own_choice_gives_way_and_says_why() -> None:
     """Nobody asked for exact, so eager serves, with a sentence for /capabilities."""
     chosen = acceleration.choose("auto", "cuda", (7, 5), NOTHING)
@@ -90,7 +139,7 @@ def test_every_tier_can_be_named() -> None:
     """And what is not a tier is refused with those that are."""
     for name in (*TIERS, "auto"):
         assert Settings.from_env({"KLEIN_SPEED": name}).speed == name
-    with pytest.raises(BadSetting, match="must be one of auto, eager, exact, fast, turbo"):
+    with pytest.raises(BadSetting, match=f"must be one of auto, {', '.join(TIERS)}"):
         Settings.from_env({"KLEIN_SPEED": "warp"})
 
 

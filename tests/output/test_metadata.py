@@ -39,7 +39,13 @@ def test_the_request_makes_the_same_parameters() -> None:
         "preset": "portrait_hd",
         "guidance_scale": 3.3,
         "output_format": "webp",
-        "loras": [{"path": "a.safetensors", "scale": 0.5}, {"path": "b/c", "revision": "main"}],
+        "speed": "exact_skipping",
+        "loras": [
+            {"path": "a.safetensors", "scale": 0.5},
+            {"path": "b/c", "revision": "main"},
+            {"path": "c.safetensors", "scale": [[0, -0.5], [0.25, 0], [0.5, 1]]},
+            {"path": "d.safetensors", "block_weights": {"*": 0, "transformer_blocks.1": 0.5}},
+        ],
     }
     result = fakes.result(fakes.params(**values))
     text = metadata.to_text(result, result.images[1], fakes.delivery(**values))

@@ -26,8 +26,10 @@ NANO = loras.layers(192, double=2, single=4)
 NAMES = tuple(f"lora{n}.safetensors" for n in range(6))
 QUICK = {"width": 128, "height": 128, "num_inference_steps": 3}
 """A small image: some 50 ms on one core."""
+SLOW = {"width": 256, "height": 256, "num_inference_steps": 100}
+"""An image of some seconds."""
 LONG = {"num_inference_steps": 100, "width": 256, "height": 256, "num_images": 4}
-"""An image that takes seconds."""
+"""Several of them."""
 
 
 @dataclass(frozen=True)

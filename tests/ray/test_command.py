@@ -12,11 +12,8 @@ from pathlib import Path
 import pytest
 
 from klein.entrypoints.cli.main import main
-from tests.ray.cluster import QUICK, until
+from tests.ray.cluster import QUICK, SLOW, until
 from tests.support.live import ROOT, environment, free_port, post, process, wait_for
-
-SLOW = {"width": 256, "height": 256, "num_inference_steps": 100}
-"""An image of some seconds."""
 
 
 def test_it_serves_and_drains(tmp_path: Path) -> None:

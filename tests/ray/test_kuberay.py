@@ -22,7 +22,8 @@ def schema() -> dict[str, Any]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     versions = yaml.load(Path(CRD).read_text(), Loader=loader)["spec"]["versions"]
     (found,) = (each for each in versions if each["name"] == "v1")
-    return strict(found["schema"]["openAPIV3Schema"])
+    made: dict[str, Any] = strict(found["schema"]["openAPIV3Schema"])
+    return made
 
 
 def strict(schema: Any) -> Any:

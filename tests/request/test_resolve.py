@@ -197,4 +197,32 @@ def test_the_turbo_preset_wants_a_turbo_lora(model: Any, loras: list[Any], warne
     """8 steps of a base model without one are blurred, and the answer says so."""
     made = _resolve(model, preset="turbo_lora", loras=loras)
     assert any("with a turbo LoRA on" in warning for warning in made.warnings) == warned
-    assert (made.params.guidance_scale, made.params.sampler) == (1.0, "lcm")
+    assert (made.params.guidance_scale, made.params.sampler) == (1.0, "euler")
+
+
+def test_the_speed_is_the_servers_or_one_that_it_has() -> None:
+    """What it has not is refused with what it has."""
+
+    def speed(**values: str) -> str:
+        request, has = parse({"prompt": "x", **values}), ("fast", "turbo")
+        return resolve(request, NINE, lambda: 1, speed=has[0], speeds=has).params.speed
+
+    assert (speed(), speed(speed="fast"), speed(speed="turbo")) == ("fast", "fast", "turbo")
+    with pytest.raises(InvalidRequest, match="draws in fast and also has turbo") as caught:
+        speed(speed="exact")
+    assert caught.value.field == "speed"
+
+
+def test_block_weights_are_of_layers_that_the_model_has() -> None:
+    """A pattern for none is refused with the model's blocks; they stay in their order."""
+
+    def of(**weights: float) -> Any:
+        (lora,) = _resolve(loras=[{"path": "a", "block_weights": weights}]).params.loras
+        return lora.block_weights
+
+    assert of(**{"*": 0, "transformer_blocks.7": 1}) == (("*", 0.0), ("transformer_blocks.7", 1.0))
+    for pattern in ("transformer_blocks.8", "double_blocks.*", "[", "transformer_block"):
+        with pytest.raises(InvalidRequest, match=r"single_transformer_blocks\.0–23") as caught:
+            of(**{"*": 1, pattern: 0.5})
+        assert caught.value.field == "loras.0.block_weights"
+        assert repr(pattern) in str(caught.value)

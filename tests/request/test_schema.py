@@ -44,6 +44,46 @@ from klein.request.schema import GenerateRequest, parse
         ({"guidance_scale": "2.5"}, "guidance_scale", "must be a number"),
         ({"guidance_scale": True}, "guidance_scale", "must be a number"),
         ({"loras": [{"path": "a", "scale": True}]}, "loras.0.scale", "must be a number"),
+        *(
+            ({"loras": [{"path": "a", "scale": points}]}, "loras.0.scale", says)
+            for points, says in (
+                ([], "1 to 8 points, not 0"),
+                ([[0, 1]] * 9, "1 to 8 points, not 9"),
+                ([[0.1, 1]], "begins with the fraction 0"),
+                ([[0, 1], [1.0, 0]], "from 0 to below 1"),
+                ([[0, 1], [0.5, 0], [0.4, 1]], "rise from point to point"),
+                ([[0, 1], [0, 2]], "rise from point to point"),
+                ([[0, float("nan")]], "scales from -4 to 4"),
+                ([[float("nan"), 1]], "begins with the fraction 0"),
+                ([[0, 1], [float("nan"), 1]], "from 0 to below 1"),
+                ([[0, -4.1]], "scales from -4 to 4"),
+                ([[0, 10**400]], "scales from -4 to 4"),
+                ([[0, True]], "pairs of a fraction of the run and a scale"),
+                ([[0, "1"]], "pairs of a fraction"),
+                ([0, 1], "pairs of a fraction"),
+                ([[0, 1, 2]], "pairs of a fraction"),
+                ({"0": 1}, "valid number"),
+                (10**400, "less than or equal to 4"),
+            )
+        ),
+        *(
+            (
+                {"loras": [{"path": "a", "block_weights": weights}]},
+                f"loras.0.block_weights{at}",
+                says,
+            )
+            for weights, at, says in (
+                ({"*": 5}, ".*", "less than or equal to 4"),
+                ({"*": float("nan")}, ".*", "finite"),
+                ({"*": [[0, 1]]}, ".*", "valid number"),
+                ({"": 1}, "", "1 to 100 characters"),
+                ({"x" * 10**6: 1}, "", "1 to 100 characters"),
+                ({str(n): 1 for n in range(65)}, "", "64 patterns are the most"),
+                ([], "", "valid dictionary"),
+            )
+        ),
+        ({"speed": "warp"}, "speed", "known are eager, eager_skipping, exact"),
+        ({"speed": "auto"}, "speed", "known are eager"),
         ({"output_quality": 0}, "output_quality", "greater than or equal to 1"),
     ],
 )

@@ -196,25 +196,30 @@ def _needs(tier: speed.Tier) -> str:
     if not options:
         return "nothing"
     least = max(option.capability for option in options)
+    needed = [f"{GPUS[least]} or newer"] if least in GPUS else []
     excluded = {name for option in options for name in option.excludes}
     texts = {"model": "`model` or", "sequential": "`sequential` offload"}
     not_with = " ".join(text for name, text in texts.items() if name in excluded)
-    base = ", a base model" if "distilled" in excluded else ""
-    return f"{GPUS[least]} or newer{base}; not with {not_with}"
+    needed += ["a base model"] if "distilled" in excluded else []
+    return ", ".join(needed) + (f"; not with {not_with}" if not_with else "")
+
+
+def _seconds(tier: str, large: dict[str, str], small: dict[str, str]) -> tuple[str, str, str]:
+    if tier not in large:
+        return ("not measured",) * 3
+    faster = float(large["eager"]) / float(large[tier])
+    return f"{large[tier]} s", f"{small[tier]} s", f"{faster:.1f}"
 
 
 def _tiers() -> str:
     large, small = _measured(1024), _measured(512)
-    stock = float(large["eager"])
     return _table(
         ("tier", "images", "1024×1024", "512×512", "× stock", "needs"),
         (
             (
                 f"`{tier.name}`",
                 tier.doc,
-                f"{large[tier.name]} s",
-                f"{small[tier.name]} s",
-                f"{stock / float(large[tier.name]):.1f}",
+                *_seconds(tier.name, large, small),
                 _needs(tier),
             )
             for tier in speed.TIERS.values()

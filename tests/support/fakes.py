@@ -163,7 +163,7 @@ def result(
         forwards=2 * steps * params.num_images,
         timings=Timings(total=0.5),
         warnings=(*warnings, *missing),
-        model=INFO,
+        model=replace(INFO, speed=params.speed or INFO.speed),
     )
 
 
@@ -195,7 +195,7 @@ def request(**values: Any) -> GenerateRequest:
 
 
 def resolved(**values: Any) -> Resolved:
-    return resolve(request(**values), MODELS["nano"], lambda: 7)
+    return resolve(request(**values), MODELS["nano"], lambda: 7, speed=INFO.speed)
 
 
 def params(**values: Any) -> GenerationParams:

@@ -83,7 +83,10 @@ def route_paths(app: FastAPI, outer: Starlette) -> list[str]:
 
 
 def connect(app: FastAPI, generator: Generator) -> None:
-    """Let `app` answer for `generator`; raises BadSetting for a webhook secret of a wrong form."""
+    """Let `app` answer for `generator`; raises BadSetting for a webhook secret or keys of a wrong
+    form."""
+    if len(read_keys(generator.settings)) > 1:
+        generator.share_places()
     app.state.generator = generator
     app.state.jobs = JobRegistry(generator, Webhooks.from_settings(generator.settings))
 

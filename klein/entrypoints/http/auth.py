@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from klein.app.account import CALLER
 from klein.entrypoints.http.errors import error_response
 from klein.errors import BadSetting, Forbidden, KleinError, Unauthorized
 from klein.settings import Settings
@@ -84,8 +85,8 @@ def _digest(key: str) -> bytes:
 class RequireKey:
     """ASGI middleware: 401 without one of `keys`, 403 for changes that a caller may not make.
 
-    The caller's name is in `request.state.caller`. Without keys everybody may call, but pages of
-    other origins may not change LoRAs.
+    The caller's name is in `request.state.caller` and in CALLER. Without keys everybody may call,
+    but pages of other origins may not change LoRAs.
     """
 
     def __init__(self, app: ASGIApp, keys: Iterable[ApiKey]) -> None:
@@ -96,10 +97,12 @@ class RequireKey:
         """Let the request through, or answer it."""
         if scope["type"] == "http" and not is_open(scope["path"]):
             try:
-                scope.setdefault("state", {})["caller"] = self._caller(scope)
+                caller = self._caller(scope)
             except KleinError as error:
                 await error_response(error)(scope, receive, send)
                 return
+            scope.setdefault("state", {})["caller"] = caller
+            CALLER.set(caller)
         await self._app(scope, receive, send)
 
     def _caller(self, scope: Scope) -> str | None:

@@ -15,6 +15,7 @@ from klein.models import sizes
 from klein.models.catalog import MODELS
 from klein.models.samplers import SAMPLERS
 from klein.models.schedule import SCHEDULES
+from klein.models.speed import TIERS
 from klein.output.response import model_json
 from klein.request.formats import FORMATS, RETURN_TYPES
 from klein.request.presets import DEFAULT_PRESET, PRESETS
@@ -57,6 +58,7 @@ async def capabilities(request: Request) -> dict[str, Any]:
         "klein": __version__,
         "schedules": {name: doc for name, (_, doc) in SCHEDULES.items()},
         "samplers": {row.name: row.doc for row in SAMPLERS.values()},
+        "speeds": _speeds(ready) if ready else None,
         "formats": [asdict(row) for row in FORMATS.values()],
         "return_types": RETURN_TYPES,
         "limits": {
@@ -106,6 +108,11 @@ def _jobs(generator: Generator) -> dict[str, Any]:
         "event_streams": settings.event_streams,
         "webhooks": settings.webhook_secret is not None,
     }
+
+
+def _speeds(generator: Generator) -> dict[str, str]:
+    """The tiers that a request may name, and what each is; the model's own is in `model`."""
+    return {name: TIERS[name].doc for name in generator.engine.pipeline.info.speeds}
 
 
 def _model(generator: Generator) -> dict[str, Any]:

@@ -56,10 +56,12 @@ def quantise(model: Any, device: str) -> None:
 
 
 class FusedForward:
-    """The forward of `model` (a Flux2Transformer2DModel without guidance embedding)."""
+    """The forward of `model` (a Flux2Transformer2DModel without guidance embedding); through the
+    float8 copies of its weights where it has them, unless `float8` says not to."""
 
-    def __init__(self, model: Any, attention: Attention) -> None:
+    def __init__(self, model: Any, attention: Attention, *, float8: bool = True) -> None:
         self._model = model
+        self._float8 = float8
         self._attend = attention
         self._heads = model.config.num_attention_heads
         self._dim = model.config.attention_head_dim
@@ -117,7 +119,7 @@ class FusedForward:
         q, k, v = image.x.new_empty(3, batch, total, self._heads, self._dim).unbind()
         for block in self._model.transformer_blocks:
             attn = block.attn
-            fp8 = is_quantised(attn.to_q)
+            fp8 = self._float8 and is_quantised(attn.to_q)
             img, txt = image.normed(self._eps, fp8), text.normed(self._eps, fp8)
             norms = attn.norm_added_q.weight, attn.norm_added_k.weight
             txt_qkv = _three((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), txt)
@@ -142,7 +144,7 @@ class FusedForward:
         blocks = self._model.single_transformer_blocks
         for block in blocks:
             attn = block.attn
-            fp8 = is_quantised(attn.to_out)
+            fp8 = self._float8 and is_quantised(attn.to_out)
             normed = norm_modulate(x, shift, scale, self._eps, fp8, added)
             hidden = linear(attn.to_qkv_mlp_proj, normed)
             norms = attn.norm_q.weight, attn.norm_k.weight
@@ -186,7 +188,7 @@ class _Stream:
 
     def feed(self, ff: Any, out: torch.nn.Linear, attn_out: Tensor | Rows, eps: float) -> None:
         """Add what attention gave, and leave to add what the feed-forward makes of the sum."""
-        fp8 = is_quantised(out)
+        fp8 = isinstance(attn_out, Rows)
         added = self.on[2], linear(out, attn_out)
         fed = norm_modulate(self.x, self.on[3], self.on[4], eps, fp8, added)
         hidden = swiglu(linear(ff.linear_in, fed), 0, fp8)

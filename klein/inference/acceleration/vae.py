@@ -25,9 +25,26 @@ class ChannelNorm(torch.nn.Module):
         return ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, True)
 
 
-def fuse(vae: Any) -> None:
-    """Change the decoder of an AutoencoderKLFlux2 in place; what it computes stays."""
+def unfuse(vae: Any) -> None:
+    """Undo `fuse`, if it was done: the decoder is diffusers' again."""
     decoder = vae.decoder
+    if not isinstance(decoder.conv_norm_out, ChannelNorm):
+        return
+    for block in (decoder.mid_block, *decoder.up_blocks):
+        for resnet in block.resnets:
+            resnet.norm1, resnet.norm2 = resnet.norm1.norm, resnet.norm2.norm
+            resnet.nonlinearity = torch.nn.SiLU()
+    decoder.conv_norm_out = decoder.conv_norm_out.norm
+    decoder.conv_act = torch.nn.SiLU()
+    for part in (decoder, vae.post_quant_conv):
+        part.to(memory_format=torch.contiguous_format)
+
+
+def fuse(vae: Any) -> None:
+    """Change the decoder of an AutoencoderKLFlux2 in place, once; what it computes stays."""
+    decoder = vae.decoder
+    if isinstance(decoder.conv_norm_out, ChannelNorm):
+        return
     for block in (decoder.mid_block, *decoder.up_blocks):
         for resnet in block.resnets:
             resnet.norm1, resnet.norm2 = ChannelNorm(resnet.norm1), ChannelNorm(resnet.norm2)

@@ -33,6 +33,7 @@ from klein.inference.adapters import factors
 from klein.inference.adapters.delta import delta, parts_of, strength_of
 from klein.inference.adapters.factors import FactorCache, Factors, free_bytes
 from klein.lora.file import LoraFile, Patch
+from klein.lora.spec import BlockWeights, deciding
 from klein.models.catalog import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,13 @@ class AdapterRequest:
     path: str
     file: LoraFile | LoraError
     scale: float
+    block_weights: BlockWeights = ()
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What its merge depends on."""
+        known_by = str(self.file) if isinstance(self.file, LoraError) else self.file.sha256
+        return known_by, self.scale, self.block_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +61,35 @@ class _Adapter:
 
     file: LoraFile
     scale: float
+    block_weights: BlockWeights
     tensors: Factors
+
+    def weight_of(self, layer: str) -> float:
+        """What the scale is multiplied by in a layer."""
+        decided = deciding(self.block_weights, layer)
+        return decided[1] if decided else 1.0
+
+    def block_layers(self) -> dict[str, int]:
+        """For how many of its layers each pattern decides."""
+        counts = {pattern: 0 for pattern, _ in self.block_weights}
+        for name in {name for patch in self.file.patches for name in patch.modules}:
+            if decided := deciding(self.block_weights, name):
+                counts[decided[0]] += 1
+        return counts
 
 
 @dataclass(frozen=True, slots=True)
 class _Share:
     """What the adapter of request number `request` adds to one linear: rows `rows` of a patch of
-    these `parts`, whose own `strength` is alpha / rank, times `scale`."""
+    these `parts`, whose own `strength` is alpha / rank, times `scale`, which is the adapter's times
+    `weight`."""
 
     request: int
     patch: Patch
     parts: Factors
     rows: slice
     scale: float
+    weight: float
     strength: float
 
 
@@ -123,8 +147,11 @@ class LoraMerger:
         """float8 values and scales as loaded, of the layers that have nothing else."""
         self._norms: dict[str, Tensor] = {}
         self._factors = FactorCache(free)
-        self._changed: set[str] = set()
-        self._active: tuple[tuple[str, float], ...] | None = ()
+        self._float8 = any(map(is_quantised, self._layers.values()))
+        """Whether layers are to act through their float8 copies, where they have them."""
+        self._changed: set[tuple[str, bool]] = set()
+        """Layers, and whether it is their float8 copies, in which something is merged."""
+        self._active: tuple[object, ...] | None = (self._float8, ())
         self._reports: list[LoraReport] = []
         self.errors: list[LoraError] = []
         """Why LoRAs of the last `apply` were left out."""
@@ -163,9 +190,17 @@ class LoraMerger:
             return f"has {patch.shape[0]} rows, the model's has {rows}"
         return None
 
+    def use(self, *, float8: bool) -> None:
+        """Let layers that have both act through their float8 copies from the next `apply` on, or
+        through their weights."""
+        self._float8 = float8 and any(map(is_quantised, self._layers.values()))
+
     def has(self, requests: Sequence[AdapterRequest]) -> bool:
         """Whether exactly `requests` were applied last."""
-        return self._active == _key(requests)
+        return self._active == self._key(requests)
+
+    def _key(self, requests: Sequence[AdapterRequest]) -> tuple[object, ...]:
+        return self._float8, tuple(one.key for one in requests)
 
     @torch.no_grad()
     def apply(
@@ -179,15 +214,18 @@ class LoraMerger:
         from the pristine weights.
         """
         started = time.perf_counter()
-        if not self.has(requests):
+        merges = int(not self.has(requests))
+        if merges:
             self._active = None
             self._reports = self._applied(requests, last_try)
             self.switches += 1
             if not any(error.retryable for error in self.errors):
-                self._active = _key(requests)
+                self._active = self._key(requests)
         seconds = round(time.perf_counter() - started, 4)
-        named = zip(self._reports, requests, strict=True)
-        return [replace(report, path=one.path, seconds=seconds) for report, one in named]
+        return [
+            replace(report, path=one.path, merges=merges, seconds=seconds)
+            for report, one in zip(self._reports, requests, strict=True)
+        ]
 
     def _applied(self, requests: Sequence[AdapterRequest], last_try: bool) -> list[LoraReport]:
         adapters: dict[int, _Adapter] = {}
@@ -199,7 +237,7 @@ class LoraMerger:
                 file = self.check(one.file)
                 tensors = self._factors.get(file, device, in_use)
                 factors.require_no_biases(file, tensors)
-                adapters[number] = _Adapter(file, one.scale, tensors)
+                adapters[number] = _Adapter(file, one.scale, one.block_weights, tensors)
             except Exception as error:
                 errors[number] = _lora_error(error, one, last_try)
         while True:  # until all that are left are merged
@@ -227,24 +265,31 @@ class LoraMerger:
         there; raises _CannotMerge."""
         shares = self._shares(adapters)
         tallies = {number: _Tally() for number in adapters}
-        for name in sorted(self._changed | shares.keys()):
-            self._changed.add(name)
+        places = {name: (name, self._into_copy(name)) for name in self._layers}
+        changed = {name for name, place in places.items() if place in self._changed}
+        for name in sorted(changed | shares.keys()):
+            self._changed.add(places[name])
             here = shares.get(name, [])
             for share, change in zip(here, self._merge_layer(name, here), strict=True):
                 tallies[share.request].changes.append(change / self._norms[name])
-                tallies[share.request].strengths.append(share.strength)
-        self._changed = set(shares)
+                tallies[share.request].strengths.append(share.strength * share.weight)
+        self._changed -= {places[name] for name in changed - shares.keys()}
         return tallies
+
+    def _into_copy(self, name: str) -> bool:
+        """Whether a layer's float8 copy is what changes."""
+        layer = self._layers[name]
+        return is_float8_only(layer) or (self._float8 and is_quantised(layer))
 
     def _merge_layer(self, name: str, shares: Sequence[_Share]) -> list[Tensor]:
         """Write one layer's weight; returns |scale · ΔW| of each share."""
-        layer = self._layers[name]
+        layer, into_copy = self._layers[name], self._into_copy(name)
         if is_float8_only(layer) and not shares:
             for kept, original in zip(float8_copy(layer), self._rows[name], strict=True):
                 kept.copy_(original)
             return []
         original = self._original(name)
-        target = torch.empty_like(original) if is_quantised(layer) else layer.weight
+        target = torch.empty_like(original) if into_copy else layer.weight
         if len(shares) == 1 and _is_plain(shares[0], target):
             changes = [_put(shares[0], original, target)]
         else:
@@ -256,7 +301,9 @@ class LoraMerger:
                     total = total + change
                     changes.append(change.norm())
             target.copy_(total)
-        if is_quantised(layer):
+        if is_float8_only(layer) and not any(share.scale for share in shares):
+            self._merge_layer(name, [])
+        elif into_copy:
             quantise_weight(layer, target)
         return changes
 
@@ -270,7 +317,9 @@ class LoraMerger:
                 start = 0
                 for name in patch.modules:
                     rows = slice(start, start + len(self._layers[name].weight))
-                    share = _Share(number, patch, parts, rows, one.scale, strength)
+                    weight = one.weight_of(name)
+                    scale = one.scale * weight
+                    share = _Share(number, patch, parts, rows, scale, weight, strength)
                     shares.setdefault(name, []).append(share)
                     start = rows.stop
         return shares
@@ -282,17 +331,17 @@ class LoraMerger:
         """
         layer = self._layers[name]
         weight = self._dequantised(name) if is_float8_only(layer) else layer.weight
-        if is_quantised(layer):
-            weight = weight.to(acts_on(layer))
+        if name in self._pristine:
+            weight = self._pristine[name]
+        weight = weight.to(acts_on(layer), non_blocking=True)
         if name not in self._norms:
             norm = torch.linalg.vector_norm(weight, dtype=torch.float32).clamp_min(1e-12)
             self._norms[name] = norm
-        if is_quantised(layer):
+        if name in self._pristine or self._into_copy(name):
             return weight
-        if name not in self._pristine:
-            copy = weight.detach().clone()
-            self._pristine[name] = copy if self._room_for_copies(weight) else copy.cpu()
-        return self._pristine[name].to(weight.device, non_blocking=True)
+        copy = weight.detach().clone()
+        self._pristine[name] = copy if self._room_for_copies(weight) else copy.cpu()
+        return copy
 
     def _dequantised(self, name: str) -> Tensor:
         """W₀ in float32 of a layer that has only a float8 weight, which is copied first."""
@@ -306,7 +355,7 @@ class LoraMerger:
 
     def forget(self) -> None:
         """The transformer's weights are those loaded again: somebody put them back."""
-        self._active, self._reports, self._changed = (), [], set()
+        self._active, self._reports, self._changed = self._key(()), [], set()
         self.errors = []
 
     def spare_bytes(self) -> int:
@@ -328,9 +377,9 @@ class LoraMerger:
         spare = 6 * 1024**3
         held = sum(copy.nbytes for copy in self._copies() if copy.is_cuda)
         wanted: int = sum(
-            layer.weight.nbytes if not is_quantised(layer) else layer.weight.numel()
-            for layer in self._layers.values()
-            if not is_quantised(layer) or is_float8_only(layer)
+            layer.weight.numel() if is_float8_only(layer) else layer.weight.nbytes
+            for name, layer in self._layers.items()
+            if is_float8_only(layer) or not self._into_copy(name)
         )
         return torch.cuda.mem_get_info()[0] > wanted - held + spare
 
@@ -341,13 +390,6 @@ class LoraMerger:
             return "float8"
         dtype: torch.dtype = next(iter(layers)).weight.dtype
         return str(dtype).removeprefix("torch.")
-
-
-def _key(requests: Sequence[AdapterRequest]) -> tuple[tuple[str, float], ...]:
-    return tuple(
-        (str(one.file) if isinstance(one.file, LoraError) else one.file.sha256, one.scale)
-        for one in requests
-    )
 
 
 def _is_plain(share: _Share, target: Tensor) -> bool:
@@ -401,6 +443,7 @@ def _report(path: str, adapter: _Adapter, tally: _Tally, merged_into: str) -> Lo
         relative_change=round(tally.mean_change, 8),
         trigger_words=adapter.file.trigger_words,
         merged_into=merged_into,
+        block_layers=adapter.block_layers(),
     )
 
 
