@@ -34,7 +34,7 @@ from klein.core import (
     ignore_progress,
 )
 from klein.engine.engine import REFUSALS, Engine, EngineStats, QueueView, Running, State
-from klein.engine.pool import Entry, Pool, Worker
+from klein.engine.pool import SLOTS, Entry, Pool, Worker
 from klein.errors import InternalError, KleinError, NotReady, QueueFull
 from klein.lora.library import LoraLibrary
 from klein.lora.spec import LoraSpec
@@ -358,6 +358,13 @@ class FleetGenerator(Generator):
     def warm(self) -> dict[str, list[str]]:
         """The LoRA sets that each replica drew, the last one first."""
         return self.fleet.warm()
+
+    def places_per_caller(self) -> int:
+        """As of one worker, and as many more as the replicas hold: one key keeps them all busy."""
+        places = super().places_per_caller()
+        if not places or self.settings.jobs_per_key:
+            return places
+        return places + SLOTS * len(self.fleet.load())
 
     def _observe(self) -> None:
         if self.recorder is not None:

@@ -135,11 +135,15 @@ class Generator:
         half = max(1, self.settings.queue_size // 2)
         self._places_per_caller = self.settings.jobs_per_key or half
 
+    def places_per_caller(self) -> int:
+        """Jobs that each caller with a name may have under way; 0 where they are not bounded."""
+        return self._places_per_caller
+
     @contextmanager
     def _share(self) -> Iterator[None]:
         """One of the jobs that the caller may have under way, if it has a name and they are
         bounded."""
-        caller, most = CALLER.get(), self._places_per_caller
+        caller, most = CALLER.get(), self.places_per_caller()
         if caller is None or not most:
             yield
             return

@@ -414,6 +414,27 @@ def test_callers_take_turns() -> None:
     run(scenario, "a", KLEIN_QUEUE_SIZE="20")
 
 
+def test_one_key_may_keep_all_replicas_busy() -> None:
+    """And half of the queue; the other half is for others."""
+
+    async def scenario(generator: FleetGenerator, ways: InLoop) -> None:
+        generator.share_places()
+        for one in ways.replicas.values():
+            one.pipeline.gate.clear()
+        CALLER.set("many")
+        jobs = [start(generator) for _ in range(2 * 2 + 2)]
+        await until(lambda: generator.engine.stats().waiting == 2)
+        with pytest.raises(QueueFull, match="many"):
+            await start(generator)
+        CALLER.set("few")
+        jobs.append(start(generator))
+        for one in ways.replicas.values():
+            one.pipeline.gate.set()
+        await asyncio.gather(*jobs)
+
+    run(scenario, "a", "b", KLEIN_QUEUE_SIZE="4")
+
+
 @pytest.mark.parametrize("place", ["drawn", "sent", "waiting"])
 def test_cancelling_frees_the_place(place: str) -> None:
     """Wherever the job is, and the replica draws the next one."""
