@@ -267,10 +267,17 @@ def app(args: dict[str, Any]) -> Any:
     ingress = serve.deployment(
         serve.ingress()(Ingress),
         name="Ingress",
-        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": ONE_LOOP}},
+        ray_actor_options={"num_cpus": 1, "runtime_env": _with_variables(ONE_LOOP)},
         **shared,
     )
     return ingress.bind(replica.bind())
+
+
+def _with_variables(variables: dict[str, str]) -> dict[str, Any]:
+    """The application's runtime environment, and `variables`: a deployment that names one of its
+    own gets none of the application's from Ray, neither its keys nor anything else."""
+    inherited = dict(ray.get_runtime_context().runtime_env)
+    return {**inherited, "env_vars": {**inherited.get("env_vars", {}), **variables}}
 
 
 def needs_gpu(settings: Settings) -> bool:

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import httpx
 import pytest
 
 from klein.app import fleet as fleets
@@ -26,6 +27,7 @@ from klein.core import (
     RequestContext,
 )
 from klein.engine.engine import State
+from klein.entrypoints.http.app import standalone
 from klein.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -412,6 +414,33 @@ def test_callers_take_turns() -> None:
         assert [prompt.split()[0] for prompt in pipeline.drawn[2:6]].count("few") == 2
 
     run(scenario, "a", KLEIN_QUEUE_SIZE="20")
+
+
+def test_keys_take_turns_over_http() -> None:
+    """A key with two jobs does not wait for all of one with many."""
+    keys = {name: f"{name}-{'k' * 32}" for name in ("many", "few")}
+
+    async def scenario(generator: FleetGenerator, ways: InLoop) -> None:
+        pipeline = ways.replicas["a"].pipeline
+        pipeline.gate.clear()
+        transport = httpx.ASGITransport(standalone(generator))
+
+        async def ask(name: str, prompt: str) -> int:
+            headers = {"authorization": f"Bearer {keys[name]}"}
+            answer = await client.post("/generate_json", json={"prompt": prompt}, headers=headers)
+            return answer.status_code
+
+        async with httpx.AsyncClient(transport=transport, base_url="http://klein") as client:
+            asked = [asyncio.create_task(ask("many", "many")) for _ in range(8)]
+            await until(lambda: generator.engine.stats().waiting == 6)
+            asked += [asyncio.create_task(ask("few", "few")) for _ in range(2)]
+            await until(lambda: generator.engine.stats().waiting == 8)
+            pipeline.gate.set()
+            assert await asyncio.gather(*asked) == [200] * 10
+        assert pipeline.drawn[2:6].count("few") == 2
+
+    listed = ",".join(f"{name}:{key}" for name, key in keys.items())
+    run(scenario, "a", KLEIN_QUEUE_SIZE="20", KLEIN_API_KEYS=listed)
 
 
 def test_one_key_may_keep_all_replicas_busy() -> None:

@@ -164,10 +164,12 @@ def test_a_full_queue_and_two_keys(cluster: Cluster) -> None:
     until(lambda: ask("many").status_code == 200, 60)
     until(lambda: not old & set(pids("Replica")), 90)
     order.clear()
+    assert cluster.client.get("/loras").status_code == 401
     cluster.client.headers["authorization"] = f"Bearer {KEYS['few']}"  # of metrics too
+    cluster.wait(2)
     with concurrent.futures.ThreadPoolExecutor(40) as pool:
         many = [pool.submit(ask, "many") for _ in range(10)]
-        until(lambda: cluster.metric("klein_queue_waiting") == 6)
+        until(lambda: cluster.metric("klein_queue_waiting") >= 4)
         few = [pool.submit(ask, "few") for _ in range(2)]
         assert all(each.result().status_code == 200 for each in [*many, *few])
     assert max(n for n, name in enumerate(order) if name == "few") < 9, str(order)
