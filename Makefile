@@ -49,11 +49,11 @@ test: coverage model-tests
 check: lint test
 
 unit: $(VENV)/.test
-	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal $(LIGHT) $(T)
+	$(QUIET) $(BIN)/python -m pytest -n 2 --dist loadfile $(LIGHT) $(T)
 
 # The floor is in pyproject.toml; klein/inference is measured by no light test and left out.
 coverage: $(VENV)/.test
-	$(QUIET) $(BIN)/python -m coverage run -m pytest -n 2 --dist worksteal $(LIGHT) $(T)
+	$(QUIET) $(BIN)/python -m coverage run -m pytest -n 2 --dist loadfile $(LIGHT) $(T)
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 

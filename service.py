@@ -179,7 +179,7 @@ class Klein:
         return pipeline
 
     def __is_ready__(self) -> bool:
-        return self.generator.engine.state is State.READY
+        return self.generator.is_ready
 
     @bentoml.on_shutdown
     def shutdown(self) -> None:

@@ -13,7 +13,7 @@ weights  the bfloat16 folder, that with the float8 file in KLEIN_TRANSFORMER, th
 start    seconds from the start of the process to the first image's beginning, with the page cache
          dropped (cold) and full (warm); imports, kernels and warm-up included
 step     seconds a step with guidance at the sizes named, the second image of each
-turbo    seconds of an image by the preset turbo_lora: 8 steps, no guidance, lcm
+turbo    seconds of an image by the preset turbo_lora: 8 steps, no guidance
 peak     the most GPU memory that the process had, its CUDA context included
 
 Rows for which no time is left are left out. Random weights measure time and memory truly and say
@@ -201,7 +201,9 @@ def prepare(args: argparse.Namespace, device: str) -> None:
         make(model, args.geometry, device)
     if not packed.is_dir():
         started = time.monotonic()
-        parts = pack(locate_model(Settings(model_id=str(model))), packed, float8=True)
+        parts = pack(
+            locate_model(Settings(model_id=str(model))), packed, float8=True, float8_text=True
+        )
         size = sum(part.size for part in parts) / GB
         print(f"packed: {size:.1f} GB in {time.monotonic() - started:.0f} s", flush=True)
 

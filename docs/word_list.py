@@ -23,7 +23,8 @@ def check(asked: Check) -> Refuse | None:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, however they are written: ＮＵＤＥ, Nude and nudé are nude."""
+    """The words of a text, however they are written: ＮＵＤＥ, Nude and nudé are nude, and so is a
+    word with characters in it that cannot be seen."""
     plain = unicodedata.normalize("NFKD", text).casefold()
-    letters = "".join(each for each in plain if not unicodedata.combining(each))
+    letters = "".join(each for each in plain if unicodedata.category(each) not in ("Mn", "Cf"))
     return re.findall(r"[^\W_]+", letters)

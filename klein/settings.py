@@ -148,6 +148,12 @@ class Settings:
         "the tier: `auto` (`exact` on a GPU, `fast` there with float8 weights, `eager` without), "
         "`eager`, `eager_skipping`, `exact`, `exact_skipping`, `fast` or `turbo`",
     )
+    text_encoder: str = _setting(
+        "KLEIN_TEXT_ENCODER",
+        "auto",
+        _choice("auto", "bfloat16"),
+        "`auto` (float8 in `fast` and `turbo`) or `bfloat16`",
+    )
     attention: str = _setting(
         "KLEIN_ATTENTION",
         "auto",

@@ -6,6 +6,8 @@ answer in time, is refused with FilterFailed.
 """
 
 import asyncio
+import inspect
+import itertools
 import logging
 import threading
 import time
@@ -13,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from importlib import import_module
-from queue import SimpleQueue
+from queue import PriorityQueue
 from typing import TYPE_CHECKING, Any, Literal
 
 from klein.core import (
@@ -24,7 +26,7 @@ from klein.core import (
     GenerationResult,
     Job,
 )
-from klein.errors import BadSetting, FilterFailed, RefusedByFilter
+from klein.errors import MAX_NAME, BadSetting, FilterFailed, RefusedByFilter
 from klein.settings import Settings
 
 if TYPE_CHECKING:
@@ -68,7 +70,10 @@ class Mark:
 
 
 Verdict = Refuse | Mark | None
-Question = tuple["Future[Verdict]", Check]
+Question = tuple[int, int, "Future[Verdict]", Check]
+"""Rank and number, of which the lowest is asked first; no two are alike."""
+RANKS = {"image": 0, "request": 1}
+"""What was drawn already does not wait behind what was not."""
 
 
 class Filter:
@@ -78,7 +83,9 @@ class Filter:
         self.name = name
         self._function = function
         self._seconds = seconds
-        self._questions: SimpleQueue[Question] = SimpleQueue()
+        self._questions: PriorityQueue[Question] = PriorityQueue()
+        self._numbers = itertools.count()
+        self._started: dict[int, float] = {}
         for _ in range(THREADS):  # daemons: one that hangs does not keep the process
             threading.Thread(target=self._work, name="klein-filter", daemon=True).start()
 
@@ -91,7 +98,7 @@ class Filter:
         module, _, attribute = name.partition(":")
         try:
             function = getattr(import_module(module), attribute)
-        except Exception as error:  # a module may raise anything
+        except (Exception, SystemExit) as error:  # a module may raise anything, and scripts exit
             raise BadSetting(
                 f"KLEIN_FILTER: {name} cannot be loaded ({type(error).__name__}: {error}); its "
                 "module must be on PYTHONPATH",
@@ -99,11 +106,34 @@ class Filter:
             ) from error
         if not callable(function):
             raise BadSetting(f"KLEIN_FILTER: {name} is no function", field="KLEIN_FILTER")
+        if inspect.iscoroutinefunction(function):
+            raise BadSetting(
+                f"KLEIN_FILTER: {name} is async; it is called in a thread of its own and may "
+                "block: write def",
+                field="KLEIN_FILTER",
+            )
         return cls(name, function, settings.filter_seconds)
+
+    @property
+    def hanging(self) -> int:
+        """Threads whose call has taken longer than it may, and goes on."""
+        latest = time.monotonic() - self._seconds
+        return sum(started < latest for started in list(self._started.values()))
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether every thread hangs: until one of them ends, all is refused."""
+        return self.hanging == THREADS
 
     def as_dict(self) -> dict[str, Any]:
         """What /capabilities says of it."""
-        return {"name": self.name, "seconds": self._seconds, "previews": False}
+        return {
+            "name": self.name,
+            "seconds": self._seconds,
+            "previews": False,
+            "threads": THREADS,
+            "hanging": self.hanging,
+        }
 
     async def check_request(self, job: Job) -> Job:
         """The job with the filter's note; raises RefusedByFilter or FilterFailed."""
@@ -143,7 +173,7 @@ class Filter:
         context, params = job.context, job.params
         check = Check(stage, context.id, params.prompt, params.negative_prompt, tuple(images))
         answer: Future[Verdict] = Future()
-        self._questions.put((answer, check))
+        self._questions.put((RANKS[stage], next(self._numbers), answer, check))
         seconds = min(self._seconds, context.deadline - time.monotonic())
         try:
             return await asyncio.wait_for(asyncio.wrap_future(answer), seconds)
@@ -156,7 +186,11 @@ class Filter:
 
     def _work(self) -> None:
         while True:
-            self._answer(*self._questions.get())
+            _, _, answer, check = self._questions.get()
+            self._started[threading.get_ident()] = time.monotonic()
+            self._answer(answer, check)
+            del self._started[threading.get_ident()]
+            del answer, check  # or their images stay until the next question
 
     def _answer(self, answer: "Future[Verdict]", check: Check) -> None:
         """Unless nobody waits any more."""
@@ -186,14 +220,20 @@ def _valid(verdict: Any, check: Check) -> Verdict:
         case None:
             return None
         case Refuse(reason, field):
-            return Refuse(str(reason)[:MAX_REASON], field)
+            return Refuse(_printable(reason, MAX_REASON), field and _printable(field, MAX_NAME))
         case Mark(reason, None):
-            return Mark(str(reason)[:MAX_REASON])
+            return Mark(_printable(reason, MAX_REASON))
         case Mark(reason, image) if image is not None:
             if check.stage == "request" or image.size != check.images[0].size:
                 raise ValueError("Mark.image must have the size of the finished image")
-            return Mark(str(reason)[:MAX_REASON], image.convert("RGB"))
+            return Mark(_printable(reason, MAX_REASON), image.convert("RGB"))
     raise TypeError(f"{type(verdict).__name__} is neither Refuse, Mark nor None")
+
+
+def _printable(text: Any, most: int) -> str:
+    """A filter's text as it may go into JSON, a terminal and a log: in one line, without control
+    characters or halves of surrogate pairs."""
+    return "".join(each if each.isprintable() else " " for each in str(text)[:most])
 
 
 def _replaced(image: GeneratedImage, verdict: Mark | None) -> GeneratedImage:

@@ -31,7 +31,7 @@ from klein.core import (
     ignore_stage,
     new_id,
 )
-from klein.engine.engine import Engine
+from klein.engine.engine import Engine, State
 from klein.errors import QueueFull
 from klein.lora.library import LoraLibrary
 from klein.lora.spec import LoraSpec
@@ -214,6 +214,12 @@ class Generator:
         if self.filter:
             result = await self.filter.check_images(job, result)
         return replace(result, inputs=job.inputs)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the model is loaded, and a filter that there is can answer."""
+        is_stuck = self.filter is not None and self.filter.is_stuck
+        return self.engine.state is State.READY and not is_stuck
 
     def retry_after(self) -> float | None:
         """Seconds until a place in the queue is free, as far as measured step times tell."""

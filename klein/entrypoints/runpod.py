@@ -49,11 +49,13 @@ class Worker:
     async def handle(self, runpod_job: RunpodJob) -> dict[str, Any]:
         """The answer to one job: that of `generate_json`, or an `error` string with its code.
 
-        `refresh_worker`, which the SDK takes out, asks RunPod to replace an unhealthy worker.
+        `refresh_worker`, which the SDK takes out, asks RunPod to replace an unhealthy worker, and
+        one whose filter hangs in every thread.
         """
         request_id = re.sub(r"[^\w-]", "_", str(runpod_job.get("id", "")))[:64]
         answer = await self._answer(runpod_job, request_id)
-        if self._generator.engine.state is State.UNHEALTHY:
+        is_stuck = self._generator.filter is not None and self._generator.filter.is_stuck
+        if is_stuck or self._generator.engine.state is State.UNHEALTHY:
             answer["refresh_worker"] = True
         return answer
 

@@ -18,7 +18,7 @@ from klein.inference import offload
 from klein.inference.acceleration import attention, vae
 from klein.inference.acceleration.attention import Backend
 from klein.inference.acceleration.check import proved
-from klein.inference.acceleration.text_encoder import CudaGraphEncoder
+from klein.inference.acceleration.text_encoder import CudaGraphEncoder, use_float8
 from klein.inference.acceleration.transformer import FusedForward, block_linears, quantise
 from klein.inference.denoise import Forward
 from klein.inference.loading import modules
@@ -169,6 +169,8 @@ def _quiet() -> None:
 def _cut_config(folder: Path) -> Any:
     """The text encoder's configuration without the layers after the last state that is read."""
     config = transformers.AutoConfig.from_pretrained(folder, subfolder="text_encoder")
+    if getattr(config, "quantization_config", None) == modules.BY_ROW:
+        del config.quantization_config
     config.num_hidden_layers = min(config.num_hidden_layers, modules.OUT_LAYERS[-1])
     if layer_types := getattr(config, "layer_types", None):
         config.layer_types = layer_types[: config.num_hidden_layers]
@@ -218,6 +220,8 @@ def _accelerated(parts: Parts, plan: Plan, backend: Backend) -> Parts:
         quantise(transformer, plan.read_to)
         if plan.transformer_to != plan.read_to:
             offload.pin(layer.weight.data for layer in block_linears(transformer).values())
+    if faster.has("float8_text"):
+        use_float8(encoder)
     if faster.has("cuda_graph") and plan.on_gpu:
         recorded = CudaGraphEncoder(encoder, plan.spec.max_sequence_length)
         parts = replace(parts, encoder=recorded)

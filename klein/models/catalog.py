@@ -15,7 +15,8 @@ GB = 1_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """One model. `hidden` and the block counts are its transformer's; they identify a LoRA too."""
+    """One model. `hidden` and the block counts are its transformer's; they identify a LoRA too.
+    `text_linears` are the weights of the text encoder's linears, which float8 quantises."""
 
     name: str
     repo: str | None
@@ -28,6 +29,7 @@ class ModelSpec:
     single_blocks: int
     transformer_bytes: int
     text_encoder_bytes: int
+    text_linears: int
     vae_bytes: int = 168_000_000
     max_sequence_length: int = 512
     num_inference_steps: int | None = None
@@ -44,6 +46,13 @@ class ModelSpec:
     def block_parameters(self) -> int:
         """Weights of the block linears, which are what float8 quantises."""
         return self.hidden**2 * (26 * self.double_blocks + 13 * self.single_blocks)
+
+    def bytes_of(self, *, float8: bool, float8_text: bool) -> tuple[int, int]:
+        """The transformer's and the text encoder's weights, with linears in float8 or not."""
+        return (
+            self.transformer_bytes - float8 * self.block_parameters,
+            self.text_encoder_bytes - float8_text * self.text_linears,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +94,7 @@ _9B = {
     "single_blocks": 24,
     "transformer_bytes": 18_157_162_496,
     "text_encoder_bytes": 11_660_000_000,
+    "text_linears": 27 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 12288),
     "license": NON_COMMERCIAL,
     "gated": True,
 }
@@ -95,6 +105,7 @@ _4B = {
     "single_blocks": 20,
     "transformer_bytes": 7_751_089_152,
     "text_encoder_bytes": 6_230_000_000,
+    "text_linears": 27 * 2560 * (2 * 4096 + 2 * 1024 + 3 * 9728),
     "license": APACHE,
     "gated": False,
 }
@@ -126,6 +137,7 @@ MODELS: dict[str, ModelSpec] = {
             single_blocks=4,
             transformer_bytes=9_300_000,
             text_encoder_bytes=1_600_000,
+            text_linears=27 * 64 * (2 * 64 + 2 * 32 + 3 * 72),
             vae_bytes=2_200_000,
             max_sequence_length=128,
             needs_gpu=False,
@@ -166,6 +178,7 @@ def by_geometry(hidden: int, double_blocks: int, single_blocks: int, distilled: 
         single_blocks=single_blocks,
         transformer_bytes=0,
         text_encoder_bytes=0,
+        text_linears=0,
         needs_gpu=hidden >= 1024,
     )
     return replace(made, transformer_bytes=2 * made.block_parameters)

@@ -96,7 +96,14 @@ def plan(settings: Settings, machine: Machine) -> Plan:
     float8 = _is_float8(model.checkpoint)
     offload, why = place(settings, machine, spec, device.kind, float8=float8)
     situation = speed.situation(offload, distilled=spec.distilled, float8=float8)
-    faster = speed.choose(settings.speed, device.kind, device.capability, situation, float8=float8)
+    faster = speed.choose(
+        settings.speed,
+        device.kind,
+        device.capability,
+        situation,
+        float8=float8,
+        without=_without(settings),
+    )
     if float8 and not faster.has("float8"):
         notes += (
             f"its float8 weights are turned into full ones once, while they are read: the "
@@ -113,7 +120,7 @@ def plan(settings: Settings, machine: Machine) -> Plan:
         found_in=found.place if found else "the Hugging Face Hub, to be downloaded",
         local=found is not None and found.place == LOCAL,
         download=found is None,
-        originals_fit=device.kind == "cpu" or float8 or _both_fit(spec, machine),
+        originals_fit=device.kind == "cpu" or float8 or _both_fit(spec, machine, settings),
         checkpoint=model.checkpoint,
         notes=notes,
     )
@@ -193,8 +200,14 @@ def _is_float8(file: Checkpoint | None) -> bool:
     return file is not None and file.float8
 
 
-def _both_fit(spec: ModelSpec, machine: Machine) -> bool:
-    both = spec.resident_bytes + spec.block_parameters
+def _without(settings: Settings) -> frozenset[str]:
+    """The optional speed options that are turned off."""
+    return frozenset({"float8_text"} if settings.text_encoder == "bfloat16" else ())
+
+
+def _both_fit(spec: ModelSpec, machine: Machine, settings: Settings) -> bool:
+    _, text = spec.bytes_of(float8=True, float8_text=not _without(settings))
+    both = spec.transformer_bytes + spec.block_parameters + text + spec.vae_bytes
     return both + working_bytes(spec, "fast") < machine.device("cuda").free
 
 
@@ -281,13 +294,14 @@ def place(
     gpu = machine.device("cuda")
     tier, free = speed.wanted(settings.speed, device, gpu.capability, float8=float8), gpu.free
     working = working_bytes(spec, tier.name)
-    transformer = spec.transformer_bytes
-    if "float8" in tier.options:
-        transformer -= spec.block_parameters
-    resident = transformer + spec.text_encoder_bytes + spec.vae_bytes
+    options = set(tier.options) - _without(settings)
+    transformer, text = spec.bytes_of(
+        float8="float8" in options, float8_text="float8_text" in options
+    )
+    resident = transformer + text + spec.vae_bytes
     needs: dict[Offload, int] = {
         "none": resident + working,
-        "model": max(transformer, spec.text_encoder_bytes) + spec.vae_bytes + working,
+        "model": max(transformer, text) + spec.vae_bytes + working,
         "sequential": min(SEQUENTIAL_BYTES, resident + working),
     }
     allowed = [x for x in needs if settings.offload in ("auto", x)]
@@ -307,7 +321,7 @@ def place(
             field="KLEIN_OFFLOAD",
         )
     kept = {"none": 0, "model": resident}.get(fitting, spec.resident_bytes)
-    if "float8" in tier.options and not float8 and not _both_fit(spec, machine):
+    if "float8" in tier.options and not float8 and not _both_fit(spec, machine, settings):
         kept = spec.transformer_bytes
     if machine.memory_free < kept:
         raise ModelUnavailable(

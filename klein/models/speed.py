@@ -29,7 +29,7 @@ class Option:
     `needs` are options that must be on before it, `excludes` are SITUATIONS, `capability` is the
     least of a GPU. One that is `optional` is left out where it cannot be, and the tier stands.
     One that is `per_run` needs nothing of the start, so any run can have it; what `needs_originals`
-    to be left out again acts in place of weights.
+    to be left out again acts in place of weights, and what is `lasting` keeps none to go back to.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Option:
     optional: bool = False
     per_run: bool = False
     needs_originals: bool = False
+    lasting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,17 @@ OPTIONS: dict[str, Option] = {
             needs_originals=True,
         ),
         Option(
+            "float8_text",
+            False,
+            "so do those of the text encoder, whose weights are kept in float8 alone; "
+            "`KLEIN_TEXT_ENCODER=bfloat16` leaves it out",
+            needs=("fused",),
+            excludes=("model", "sequential"),
+            capability=(8, 9),
+            optional=True,
+            lasting=True,
+        ),
+        Option(
             "step_skipping",
             False,
             f"after {STEP_SKIPPING.first} steps only every other one and the last are computed, "
@@ -155,10 +167,10 @@ TIERS: dict[str, Tier] = {
         Tier("eager_skipping", ("step_skipping",), "eager with the forwards of turbo"),
         Tier("exact", EXACT, "the same pictures, sooner"),
         Tier("exact_skipping", (*EXACT, "step_skipping"), "exact with the forwards of turbo"),
-        Tier("fast", (*EXACT, "float8"), "nearly the same pictures"),
+        Tier("fast", (*EXACT, "float8", "float8_text"), "nearly the same pictures"),
         Tier(
             "turbo",
-            (*EXACT, "float8", "step_skipping"),
+            (*EXACT, "float8", "float8_text", "step_skipping"),
             "fewer forwards: pictures differ in detail",
         ),
     )
@@ -190,9 +202,10 @@ def choose(
     situation: frozenset[str],
     *,
     float8: bool = False,
+    without: Set[str] = frozenset(),
 ) -> Acceleration:
     """The tier in force; `situation` are those of SITUATIONS that hold, `float8` says that the
-    weights come so.
+    weights come so, `without` names optional options that the operator does without.
 
     A tier named in the setting is refused with ModelUnavailable where it cannot be; `auto` falls
     back to eager and says why.
@@ -200,7 +213,8 @@ def choose(
     tier = wanted(speed, device, capability, float8=float8)
     obstacle = _obstacle(tier, device, capability, situation)
     if obstacle is None:
-        return Acceleration(tier, tuple(x for x in tier.options if _fits(OPTIONS[x], situation)))
+        kept = (x for x in tier.options if x not in without and _fits(OPTIONS[x], situation))
+        return Acceleration(tier, tuple(kept))
     if speed == "auto":
         return eager(f"{tier.name} cannot be used: {obstacle}")
     best = next(
@@ -225,7 +239,11 @@ def offered(
     """
     per_run = {o.name for o in OPTIONS.values() if o.per_run and _fits(o, situation)}
     able = per_run.union(server.options)
-    fixed = {name for name in server.options if OPTIONS[name].needs_originals and not originals}
+    fixed = {
+        name
+        for name in server.options
+        if OPTIONS[name].lasting or (OPTIONS[name].needs_originals and not originals)
+    }
     return {
         tier.name: Acceleration(tier, tuple(name for name in tier.options if name in able))
         for tier in TIERS.values()

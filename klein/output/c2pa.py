@@ -36,11 +36,15 @@ class Ingredient:
     name: str
     data: bytes
     is_parent: bool
+    is_private: bool = False
 
     def as_dict(self) -> dict[str, str]:
         """In C2PA's words."""
         relationship = "parentOf" if self.is_parent else "inputTo"
-        return {"title": self.name, "label": self.name, "relationship": relationship}
+        told = {"title": self.name, "label": self.name, "relationship": relationship}
+        if self.is_private:
+            told["description"] = "what it says of itself was left out"
+        return told
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -72,13 +76,22 @@ class Signer:
         return made
 
     def sign(
-        self, data: bytes, mime_type: str, source_type: str, inputs: EditInputs | None
+        self,
+        data: bytes,
+        mime_type: str,
+        source_type: str,
+        inputs: EditInputs | None,
+        *,
+        is_private: bool = False,
     ) -> bytes:
-        """The image with a manifest; raises InternalError. It takes milliseconds of a CPU."""
+        """The image with a manifest; raises InternalError. It takes milliseconds of a CPU.
+
+        `is_private` names the caller's pictures and leaves out what they say of themselves.
+        """
         import c2pa
 
         try:
-            return self._sign(data, mime_type, source_type, ingredients(inputs))
+            return self._sign(data, mime_type, source_type, ingredients(inputs, is_private))
         except c2pa.C2paError as error:
             log.exception("an image could not be signed")
             raise InternalError("the image could not be signed: see klein's log") from error
@@ -101,15 +114,20 @@ class Signer:
         return out.getvalue()
 
 
-def ingredients(inputs: EditInputs | None) -> list[Ingredient]:
-    """The pictures of an edit under the names of their fields, each once."""
+def ingredients(inputs: EditInputs | None, is_private: bool = False) -> list[Ingredient]:
+    """The pictures of an edit under the names of their fields, each once; private ones are one
+    blank pixel each."""
     if inputs is None:
         return []
     references = inputs.references[1:] if inputs.repaint else inputs.references
-    found = [Ingredient(f"images.{n}", each.data, False) for n, each in enumerate(references)]
+    named = [(f"images.{n}", each.data, False) for n, each in enumerate(references)]
     if inputs.start is not None:
-        found.insert(0, Ingredient("init_image", inputs.start.data, True))
-    return found
+        named.insert(0, ("init_image", inputs.start.data, True))
+    blank = _pixel()
+    return [
+        Ingredient(name, blank if is_private else data, is_parent, is_private)
+        for name, data, is_parent in named
+    ]
 
 
 def _manifest(source_type: str, ingredients: list[Ingredient]) -> dict[str, Any]:
@@ -159,12 +177,13 @@ def _read(name: str, path: Path) -> bytes:
 
 def _load_key(pem: bytes) -> tuple[str, bytes]:
     """C2PA's name of the key's algorithm, and the key in PKCS #8; raises BadSetting."""
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
     try:
         key = serialization.load_pem_private_key(pem, None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise BadSetting(
             "KLEIN_C2PA_KEY: not a private key in PEM without a password", field="KLEIN_C2PA_KEY"
         ) from error

@@ -73,7 +73,8 @@ class Marks:
         if self.signer is None:
             return data
         source = SOURCE_TYPES + source_type(result.params)
-        return self.signer.sign(data, mime_type, source, result.inputs)
+        is_private = self.metadata != "full"
+        return self.signer.sign(data, mime_type, source, result.inputs, is_private=is_private)
 
     def as_dict(self) -> dict[str, Any]:
         """Which marks are in force."""

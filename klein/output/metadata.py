@@ -170,7 +170,7 @@ def _own(text: str) -> dict[str, Any]:
         raise InvalidRequest("these parameters were not written by klein")
     try:
         own = json.loads(json.loads(hit[1]))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise _damaged() from error
     if not isinstance(own, dict):
         raise _damaged()

@@ -48,7 +48,6 @@ PRESETS: dict[str, Preset] = {
             1.0,
             1024,
             1024,
-            sampler="lcm",
             turbo=True,
         ),
     )

@@ -1,8 +1,10 @@
 import asyncio
+import json
 import logging
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from PIL import Image
 
 from klein.app.filter import NO_PREVIEWS, Filter
 from klein.app.generator import Generated, Generator
-from klein.core import Preview, PreviewRequest
+from klein.core import Job, Preview, PreviewRequest
 from klein.errors import (
     BadSetting,
     DeadlineExceeded,
@@ -22,7 +24,9 @@ from klein.output import response
 from klein.settings import Settings
 from tests.support import fakes, filters, pictures
 
-FILTER = {"KLEIN_FILTER": "tests.support.filters:judge", "KLEIN_FILTER_SECONDS": "0.2"}
+FILTER = {"KLEIN_FILTER": "tests.support.filters:judge"}
+SHORT = 1.0
+"""Seconds for filters that hang; those that do not get as long as a busy machine takes."""
 
 
 @pytest.fixture
@@ -32,9 +36,18 @@ def pipeline() -> fakes.FakePipeline:
 
 @pytest.fixture
 def generator(pipeline: fakes.FakePipeline) -> Iterator[Generator]:
+    yield from _generator(pipeline)
+
+
+@pytest.fixture
+def impatient(pipeline: fakes.FakePipeline) -> Iterator[Generator]:
+    yield from _generator(pipeline, KLEIN_FILTER_SECONDS=str(SHORT))
+
+
+def _generator(pipeline: fakes.FakePipeline, **settings: str) -> Iterator[Generator]:
     filters.seen.clear()
     filters.released.clear()
-    made = fakes.generator(pipeline, **FILTER)
+    made = fakes.generator(pipeline, **FILTER, **settings)
     yield made
     filters.released.set()
     pipeline.gate.set()
@@ -55,6 +68,14 @@ def test_a_refused_prompt_never_takes_a_place(
     assert (caught.value.field, caught.value.retryable) == ("prompt", False)
     assert len(str(caught.value)) < 600
     assert pipeline.drawn == []
+
+
+def test_what_a_filter_says_is_made_fit_to_be_told(generator: Generator) -> None:
+    """In JSON, in a log and in a terminal; its field is a short text."""
+    with pytest.raises(RefusedByFilter, match=r"the request: half a \[31m pair$") as caught:
+        _draw(generator, "garbled")
+    assert "object" in json.loads(json.dumps(caught.value.as_dict()))["field"]
+    str(caught.value).encode()
 
 
 def test_it_sees_what_the_caller_sends(generator: Generator, pipeline: fakes.FakePipeline) -> None:
@@ -150,20 +171,24 @@ def test_a_filter_that_fails_lets_nothing_through(
 
 
 @pytest.mark.parametrize("prompt", ["hang", "hang-late"])
-def test_a_filter_that_hangs_lets_nothing_through(generator: Generator, prompt: str) -> None:
+def test_a_filter_that_hangs_lets_nothing_through(impatient: Generator, prompt: str) -> None:
     """Within its time; others are judged beside it, and the process can end."""
     started = time.monotonic()
-    with pytest.raises(FilterFailed, match=r"no answer within 0\.2 s"):
-        _draw(generator, prompt)
-    assert 0.2 <= time.monotonic() - started < 2
-    assert _draw(generator, "fine").result.images
+    with pytest.raises(FilterFailed, match=rf"no answer within {SHORT:g} s"):
+        _draw(impatient, prompt)
+    assert SHORT <= time.monotonic() - started < 5
+    assert _draw(impatient, "fine").result.images
+    assert impatient.is_ready
     judges = [each for each in threading.enumerate() if each.name == "klein-filter"]
     assert judges
     assert all(each.daemon for each in judges)
 
 
-def test_filters_that_hang_in_every_thread_are_bounded_too(generator: Generator) -> None:
-    """What waits for a thread waits no longer; what nobody waits for is never asked."""
+def test_filters_that_hang_in_every_thread_are_bounded_too(impatient: Generator) -> None:
+    """What waits for a thread waits no longer; what nobody waits for is never asked. Until one of
+    them ends klein is not ready."""
+    generator = impatient
+    assert generator.filter is not None
 
     async def scenario() -> list[Any]:
         request = fakes.request(prompt="hang")
@@ -172,10 +197,36 @@ def test_filters_that_hang_in_every_thread_are_bounded_too(generator: Generator)
 
     started = time.monotonic()
     assert [type(each) for each in asyncio.run(scenario())] == [FilterFailed] * 6
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 5
+    assert generator.filter.as_dict()["hanging"] == 4
+    assert not generator.is_ready
     filters.released.set()
     assert _draw(generator, "fine").result.images
+    assert generator.is_ready
     assert [check.prompt for check, _ in filters.seen].count("hang") == 4
+
+
+def test_what_is_drawn_does_not_wait_behind_what_is_not(generator: Generator) -> None:
+    """Where requests crowd before a slow filter, finished images are judged first."""
+    judge = generator.filter
+    assert judge is not None
+
+    async def scenario() -> None:
+        jobs = [
+            Job(fakes.context(), fakes.params(prompt=each)) for each in ("hang", "slow", "fine")
+        ]
+        hang, slow, fine = jobs
+        asked = [asyncio.create_task(judge.check_request(each)) for each in (*[hang] * 3, slow)]
+        while len(filters.seen) < 4:
+            await asyncio.sleep(0.001)
+        asked += [asyncio.create_task(judge.check_request(fine)) for _ in range(3)]
+        await asyncio.sleep(0)
+        await judge.check_images(fine, fakes.result(fakes.params(prompt="fine", seed=1)))
+        filters.released.set()
+        await asyncio.gather(*asked)
+
+    asyncio.run(scenario())
+    assert [check.stage for check, _ in filters.seen[4:]] == ["image", *["request"] * 3]
 
 
 def test_the_deadline_of_a_job_holds_for_its_filter(pipeline: fakes.FakePipeline) -> None:
@@ -235,6 +286,7 @@ def test_no_previews_leave_where_there_is_a_filter(
         ("no.such:judge", "ModuleNotFoundError"),
         ("tests.support.filters:nothing", "AttributeError"),
         ("tests.support.filters:NOT_CALLABLE", "no function"),
+        ("tests.support.filters:later", "write def"),
         ("os.system('x')", "package.module:name"),
     ],
 )
@@ -245,12 +297,23 @@ def test_a_filter_that_is_not_there_stops_the_start(name: str, says: str) -> Non
     assert says in str(caught.value)
 
 
+def test_a_filter_that_exits_when_it_is_loaded_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a script without a guard does: klein would end without a word."""
+    (tmp_path / "exiting.py").write_text("raise SystemExit(3)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BadSetting, match="KLEIN_FILTER: exiting:judge cannot be loaded"):
+        Filter.from_settings(Settings.from_env({"KLEIN_FILTER": "exiting:judge"}))
+
+
 @pytest.mark.parametrize(
     ("prompt", "word"),
     [
         ("a NUDE, please", "nude"),
         ("ｇｏｒｅ and more", "gore"),
         ("a nudé_figure", "nude"),
+        ("n\u200bu\u00adde", "nude"),
         ("a nudge of gorenje", None),
         ("denuded hills", None),
     ],

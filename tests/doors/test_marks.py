@@ -3,12 +3,14 @@
 import asyncio
 import base64
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
@@ -23,7 +25,7 @@ from klein.entrypoints.http.app import standalone
 from klein.errors import InvalidRequest
 from klein.output.images import read_text
 from klein.output.marks import DRAWN, EDITED
-from tests.support import asgi, fakes, marks, pictures
+from tests.support import asgi, fakes, filters, marks, pictures
 
 FILTER = {"KLEIN_FILTER": "tests.support.filters:judge"}
 PREVIEWING = ("stream", "job", "runpod")
@@ -201,9 +203,15 @@ def test_every_door_marks(plain: Server, name: str) -> None:
 
 
 @doors
-def test_every_door_keeps_to_the_settings(private: Server, name: str) -> None:
-    """No mark, no prompt, no previews that nobody judged, and the answer says all of it."""
-    drawn = HTTP[name](private, _asked())
+def test_every_door_keeps_to_the_settings(
+    private: Server, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No mark, no prompt in the file or the log, no previews that nobody judged, and the answer
+    says all of it."""
+    with caplog.at_level(logging.DEBUG):
+        drawn = HTTP[name](private, _asked())
+    assert "request" in caplog.text
+    assert "my secret" not in caplog.text
     (data,) = drawn.files
     assert drawn.previews == []
     assert marks.source_type(data) is None
@@ -246,7 +254,33 @@ def test_capabilities_say_what_is_in_force(plain: Server, private: Server) -> No
     assert told[0]["marks"] == {"ai": True, "c2pa": False, "metadata": "full"}
     assert told[1]["marks"] == {"ai": False, "c2pa": False, "metadata": "none"}
     assert told[0]["filter"] is None
-    assert told[1]["filter"] == {"name": FILTER["KLEIN_FILTER"], "seconds": 30, "previews": False}
+    assert told[1]["filter"] == {
+        "name": FILTER["KLEIN_FILTER"],
+        "seconds": 30,
+        "previews": False,
+        "threads": 4,
+        "hanging": 0,
+    }
+
+
+def test_a_server_whose_filter_hangs_says_that_it_is_not_ready() -> None:
+    """Whoever asks sends work elsewhere, and RunPod another worker, until a call ends."""
+    filters.released.clear()
+    with serving(KLEIN_FILTER_SECONDS="0.1", **FILTER) as server:
+        for _ in range(4):
+            with pytest.raises(Refused, match="filter_failed"):
+                generate(server, _asked("hang"))
+        ping = server.client.get("/ping")
+        assert (ping.status_code, ping.json()) == (503, {"status": "filter_hangs"})
+        worker = runpod.Worker(server.generator, AsyncMock())
+        assert asyncio.run(worker.handle({"input": {}}))["refresh_worker"]
+        filters.released.set()
+        for _ in range(100):
+            if server.client.get("/ping").status_code == 200:
+                break
+            time.sleep(0.01)
+        assert server.client.get("/ping").json() == {"status": "ready"}
+        assert "refresh_worker" not in asyncio.run(worker.handle({"input": {}}))
 
 
 # -- the command line ------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Which attention runs, and that what is named and cannot run is refused."""
 
 import sys
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 
 from klein.errors import ModelUnavailable
 from klein.inference.acceleration import attention
+from klein.inference.acceleration.check import difference
+from tests.model.conftest import planned
 
 
 @pytest.fixture
@@ -56,3 +59,12 @@ def test_one_that_is_named_and_cannot_run_stops_the_start(name: str) -> None:
     """With the setting and the way out."""
     with pytest.raises(ModelUnavailable, match=f"KLEIN_ATTENTION={name} .*KLEIN_ATTENTION=auto"):
         attention.choose(name, "cpu", (0, 0), fused=True)
+
+
+def test_the_proof_tells_right_from_wrong() -> None:
+    """klein's forward equals diffusers' on random weights; with attention that is none it does
+    not."""
+    plan, _ = planned("nano", KLEIN_SPEED="exact")
+    native = attention.BACKENDS["native"]
+    assert difference(plan, native) < 0.02
+    assert difference(plan, replace(native, attend=lambda q, k, v: v)) > 0.1

@@ -53,18 +53,22 @@ def test_a_request_draws_as_a_server_of_its_tier() -> None:
     """One that holds float8 copies and originals serves all tiers in any order, one without float8
     those without it, and LoRAs come and go: bit for bit."""
     zibbo: dict[str, Any] = {"loras": [{"path": ZIBBO}]}
-    expected = {
-        tier: _bytes(_drawn(load("nano", LORAS, KLEIN_SPEED=tier), "", **zibbo)) for tier in TIERS
-    }
+
+    def serve(tier: str) -> KleinPipeline:
+        """With the text encoder in full: in float8 there is no way back."""
+        return load("nano", LORAS, KLEIN_SPEED=tier, KLEIN_TEXT_ENCODER="bfloat16")
+
+    expected = {tier: _bytes(_drawn(serve(tier), "", **zibbo)) for tier in TIERS}
     assert len({image for (image,) in expected.values()}) >= 4
     for server, order in (("fast", ("fast", *reversed(TIERS))), ("exact", list(TIERS)[:4])):
-        pipe = load("nano", LORAS, KLEIN_SPEED=server)
+        pipe = serve(server)
         before = _bytes(_drawn(pipe, server))
         assert set(pipe.info.speeds) == set(order)
         for tier in order:
             made = _drawn(pipe, tier, **zibbo)
             assert _bytes(made) == expected[tier], (server, tier)
-            assert (made.model.speed, made.model.speed_options) == (tier, TIERS[tier].options)
+            options = tuple(name for name in TIERS[tier].options if name != "float8_text")
+            assert (made.model.speed, made.model.speed_options) == (tier, options)
             skips = "step_skipping" in TIERS[tier].options
             assert made.forwards == (STEP_SKIPPING.computed(15) if skips else 15)
         assert _bytes(_drawn(pipe, server)) == before

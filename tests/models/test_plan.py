@@ -191,8 +191,19 @@ def test_float8_weights_stay_as_they_are_where_they_fit(
     situation = speed.situation(chosen, float8=True)
     faster = speed.choose("auto", "cuda", (8, 9), situation, float8=True)
     assert (chosen, faster.tier.name) == (offload, tier)
+    assert faster.has("float8_text") == (tier == "fast")
     with pytest.raises(ModelUnavailable, match="GB"):
         planning.place(_settings(KLEIN_SPEED="fast"), _machine(16.8), NINE, "cuda")
+
+
+@pytest.mark.parametrize(("text", "resident"), [("auto", 19.0), ("bfloat16", 24.2)])
+def test_the_text_encoder_counts_as_it_is_kept(text: str, resident: float) -> None:
+    """In float8 unless a setting says otherwise: 5.2 GB of base-9B."""
+    settings = _settings(KLEIN_SPEED="fast", KLEIN_TEXT_ENCODER=text)
+    _, why = planning.place(settings, _machine(48), NINE, "cuda")
+    assert f"{resident} GB needed" in why
+    with pytest.raises(ModelUnavailable, match=f"needs {resident} GB"):
+        planning.place(settings, _machine(resident - 0.1), NINE, "cuda")
 
 
 def test_float8_weights_on_a_gpu_without_float8() -> None:

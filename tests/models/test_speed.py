@@ -63,13 +63,20 @@ def test_a_request_may_name_what_the_weights_serve(
 ) -> None:
     """float8 only where it is, full weights only where they are, step skipping but for distilled
     models; each with the options that the server has of the tier's."""
-    mine = acceleration.choose(server, "cuda", HOPPER, situation)
+    plain = frozenset({"float8_text"}) if originals else frozenset()
+    mine = acceleration.choose(server, "cuda", HOPPER, situation, without=plain)
     found = acceleration.offered(mine, situation, originals=originals)
     assert list(found) == offered
     assert found[server] == mine
     for name, one in found.items():
         left_out = set(TIERS[name].options) - set(one.options)
-        assert left_out <= {"cuda_graph"}
+        assert left_out <= {"cuda_graph", *plain}
+
+
+def test_a_float8_text_encoder_is_for_good() -> None:
+    """Its full weights are gone: only tiers that have it are offered."""
+    mine = acceleration.choose("fast", "cuda", HOPPER, NOTHING)
+    assert list(acceleration.offered(mine, NOTHING, originals=True)) == ["fast", "turbo"]
 
 
 @pytest.mark.parametrize(("device", "tier"), [("cuda", "exact"), ("cpu", "eager")])
@@ -112,6 +119,13 @@ def test_what_is_optional_is_left_out_where_it_cannot_be() -> None:
     assert set(whole.options) - set(offloaded.options) == {"cuda_graph"}
     assert not acceleration.excludes(TIERS["exact"], {"model"})
     assert acceleration.excludes(TIERS["fast"], {"model"})
+
+
+def test_what_is_optional_can_be_turned_off() -> None:
+    """The rest of the tier stands."""
+    whole = acceleration.choose("turbo", "cuda", HOPPER, NOTHING)
+    without = acceleration.choose("turbo", "cuda", HOPPER, NOTHING, without={"float8_text"})
+    assert set(whole.options) - set(without.options) == {"float8_text"}
 
 
 def test_klein_s_own_choice_gives_way_and_says_why() -> None:

@@ -23,6 +23,12 @@ c2pa = pytest.importorskip("c2pa", reason="c2pa-python is not there: pip install
 TEXT_ONLY = fakes.result(fakes.params(prompt="my secret"))
 LOOK = pictures.noise(64, 64)
 PIXELS = (b"IDAT", b"scan", b"VP8 ", b"VP8L")
+UNKNOWN_CURVE = """-----BEGIN PRIVATE KEY-----
+MEECAQAwEwYHKoZIzj0CAQYIKoEcz1UBgi0EJzAlAgEBBCARERERERERERERERER
+EREREREREREREREREREREREREQ==
+-----END PRIVATE KEY-----
+"""
+"""A key of 0x11 again and again, of SM2."""
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +142,26 @@ def test_a_manifest_that_cannot_be_read_costs_no_image(signed: Marks) -> None:
     assert "cannot be read" in ingredient["description"]
 
 
+def test_what_a_picture_says_of_itself_can_be_left_out(tmp_path: Path) -> None:
+    """Its own manifest may hold a prompt or a name, its XMP an id: with KLEIN_METADATA=minimal or
+    none both stay outside, as everything of the caller's does."""
+    settings = certificates.chain(tmp_path).settings
+    xmp = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/">
+<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about=""
+xmlns:xmpMM="http://ns.adobe.com/xap/1.0/mm/"
+xmpMM:InstanceID="xmp.iid:anna"/></rdf:RDF></x:xmpmeta>"""
+    for metadata, has in (("full", True), ("minimal", False), ("none", False)):
+        made = Marks.from_settings(Settings.from_env(settings | {"KLEIN_METADATA": metadata}))
+        start, reference = _file(TEXT_ONLY, made), pictures.data(LOOK, "JPEG", xmp=xmp)
+        data = _file(_edited(EditInputs((_sent(reference),), _sent(start))), made)
+        manifest, failures = _read(data)
+        assert failures == set()
+        told = {each["title"]: each for each in manifest["ingredients"]}
+        assert set(told) == {"init_image", "images.0"}
+        assert ("active_manifest" in told["init_image"]) is has
+        assert (b"xmp.iid:anna" in data) is has
+
+
 def test_no_address_in_a_picture_is_asked(signed: Marks) -> None:
     """A manifest that lies elsewhere stays there."""
     xmp = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/">
@@ -155,12 +181,14 @@ def test_a_chain_that_cannot_sign_stops_the_start(tmp_path: Path) -> None:
     good, other = certificates.chain(tmp_path), certificates.chain(tmp_path / "other")
     old = certificates.chain(tmp_path / "other", ends_in=timedelta(days=-1))
     cert, key = "KLEIN_C2PA_CERT", "KLEIN_C2PA_KEY"
-    junk = tmp_path / "junk.pem"
+    junk, curve = tmp_path / "junk.pem", tmp_path / "curve.pem"
     junk.write_text("junk")
+    curve.write_text(UNKNOWN_CURVE)
     for values, says in (
         ({cert: str(good.cert)}, "set both or none"),
         (good.settings | {cert: "/no/such"}, "KLEIN_C2PA_CERT: /no/such cannot be read"),
         (good.settings | {key: str(junk)}, "KLEIN_C2PA_KEY: not a private key"),
+        (good.settings | {key: str(curve)}, "KLEIN_C2PA_KEY: not a private key"),
         (good.settings | {cert: str(junk)}, "cannot sign"),
         (good.settings | {key: str(other.key)}, "cannot sign"),
         (old.settings, "cannot sign"),

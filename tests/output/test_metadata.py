@@ -146,7 +146,9 @@ def test_a_text_alone_names_no_pictures() -> None:
     ).needs_preparing
 
 
-@pytest.mark.parametrize("own", ["3", "[]", '{"images": 3}', '{"mask": {"sha256": 1}}', "{"])
+@pytest.mark.parametrize(
+    "own", ["[" * 100_000, "3", "[]", '{"images": 3}', '{"mask": {"sha256": 1}}', "{"]
+)
 def test_damaged_names_are_refused(own: str) -> None:
     """Whatever stands where they should."""
     with pytest.raises(InvalidRequest):

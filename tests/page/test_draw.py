@@ -16,7 +16,10 @@ from PIL import Image
 from playwright.sync_api import BrowserContext, Page, expect
 
 from klein.entrypoints.runpod import Worker
+from klein.output import response
 from klein.output.images import read_text
+from klein.output.marks import Marks
+from klein.settings import Metadata
 from tests.page import person
 from tests.support import fakes, live
 
@@ -243,6 +246,19 @@ def test_drop_an_image_to_get_its_settings_back(page: Page, url: str, format: st
     expect(page.locator("#seed")).to_have_value("99")
     expect(page.locator("#field-num_inference_steps")).to_have_value("3")
     expect(page.get_by_label("Scale of zibbo as a number")).to_have_value("0.7")
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("metadata", ["minimal", "none"])
+def test_drop_an_image_that_has_no_settings(page: Page, format: str, metadata: Metadata) -> None:
+    """klein's own is told as such: there is nothing to use, and the form stays as it is."""
+    delivery, marks = fakes.delivery(output_format=format), Marks(metadata=metadata)
+    (image,) = response.encode(fakes.result(fakes.params()), delivery, marks)
+    page.fill("#prompt", "my own")
+    person.drop(page, image.data, image.mime_type)
+    expect(page.locator("dialog")).to_contain_text("klein drew it, on a server that keeps prompts")
+    expect(page.get_by_role("button", name="Use its settings")).to_have_count(0)
+    expect(page.locator("#prompt")).to_have_value("my own")
 
 
 def test_drop_an_image_of_another_program(page: Page) -> None:

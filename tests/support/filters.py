@@ -45,6 +45,10 @@ def hang(_: Check) -> Verdict:
     return None
 
 
+async def later(_: Check) -> Verdict:
+    return None
+
+
 def slow(_: Check) -> Verdict:
     time.sleep(0.3)
     return None
@@ -67,6 +71,7 @@ IMAGES: dict[str, Callable[[Check], Any]] = {
 }
 REQUESTS: dict[str, Callable[[Check], Any]] = {
     "bad": lambda check: Refuse("a bad word " + "!" * 1000, field="prompt"),
+    "garbled": lambda check: Refuse("half\ud800a\x1b[31m\npair", field=object()),  # type: ignore[arg-type]
     "odd": lambda check: Mark("an odd word"),
     "fail": fail,
     "leave": leave,

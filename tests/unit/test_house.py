@@ -46,12 +46,12 @@ except SystemExit:
 
 @pytest.mark.parametrize("argv", [["--help"], ["generate", "--help"]])
 def test_help_is_quick(argv: list[str]) -> None:
-    """Under half a second of CPU, also with all flags of a request."""
+    """Well under a second of CPU, also with all flags of a request and on a busy core."""
     script = CPU.format(argv=argv)
     run = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    assert float(run.stdout.split("CPU")[1]) < 0.5
+    assert float(run.stdout.split("CPU")[1]) < 0.8
 
 
 def test_light_modules_stay_light() -> None:

@@ -41,7 +41,9 @@ def pack(args: argparse.Namespace) -> int:
     model = fetch_model(locate_model(settings), settings, settings.model_revision)
     from klein.inference import pack as packing
 
-    parts = packing.pack(model, args.folder, float8=args.numbers == "float8")
+    float8 = args.numbers == "float8"
+    float8_text = float8 and settings.text_encoder != "bfloat16"
+    parts = packing.pack(model, args.folder, float8=float8, float8_text=float8_text)
     for part in parts:
         print(f"{part.part:<14} {part.size / GB:6.2f} GB")
     total = sum(part.size for part in parts) / GB

@@ -26,7 +26,7 @@ router = APIRouter(tags=["catalog"])
 PING: dict[int | str, dict[str, Any]] = {
     204: {"description": "loading"},
     413: described()[413],
-    503: {"description": "unhealthy, failed or stopped, as `status` says"},
+    503: {"description": "unhealthy, failed, stopped or filter_hangs, as `status` says"},
 }
 SWAGGER: dict[str, Any] = {
     "swagger_js_url": "static_content/swagger-ui-bundle.js",
@@ -91,6 +91,8 @@ async def ping(request: Request) -> Response:
     match generator.engine.state if generator else State.LOADING:
         case State.LOADING:
             return Response(status_code=204)
+        case State.READY if generator and not generator.is_ready:
+            return JSONResponse({"status": "filter_hangs"}, status_code=503)
         case State.READY:
             return JSONResponse({"status": "ready"})
         case State.UNHEALTHY | State.FAILED | State.STOPPED as state:

@@ -173,9 +173,14 @@ def _quantised(x: Tensor, start: int, stop: int) -> Rows:
     if kernels := _kernels(x):
         values, scale = kernels.quantise(x, start, stop)
         return Rows(values, scale, len(x))
-    flat = x[:, start:stop].flatten(0, 1).float()
-    scale = flat.abs().amax(1, keepdim=True).clamp_min(1e-12) / FP8_MAX
-    return Rows((flat / scale).to(FP8), scale, len(x))
+    return Rows(*round_rows(x[:, start:stop].flatten(0, 1)), len(x))
+
+
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (n, width) in float8 and their scales (n, 1) float32: the same bits on every device."""
+    full = x.float()
+    scale = full.abs().amax(1, keepdim=True).clamp_min(1e-12) / FP8_MAX
+    return (full / scale).to(FP8), scale
 
 
 def linear(layer: torch.nn.Linear, x: Tensor | Rows) -> Tensor:

@@ -1,12 +1,64 @@
-"""The text encoder as one CUDA graph: launching its kernels takes longer than running them."""
+"""The text encoder as one CUDA graph, as launching its kernels takes longer than running them, and
+with its linears in float8."""
 
 import logging
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from klein.inference.acceleration.ops import (
+    FP8,
+    linear,
+    round_rows,
+    rows,
+    use_float8_weight,
+)
+
 log = logging.getLogger(__name__)
+
+MULTIPLE = 16
+"""What a GPU's float8 product wants both sides of a weight to be a multiple of."""
+
+
+class Float8Linear(torch.nn.Linear):
+    """A linear without bias that acts through float8 rows, of its weight and of what it is given;
+    padded with zeros where a GPU could not multiply them otherwise."""
+
+    def __init__(self, layer: torch.nn.Linear, kind: torch.dtype) -> None:
+        """In place of `layer`, whose weight may be float8 already, with its scales in
+        `float8_scale`; answers in `kind`."""
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        values = layer.weight.data
+        if values.dtype == FP8:
+            scale = layer.get_buffer("float8_scale")
+        else:
+            values, scale = round_rows(values)
+        more_outputs, self._more_inputs = (-side % MULTIPLE for side in values.shape)
+        as_bytes = values.view(torch.uint8)  # whose zero is float8's
+        padded = F.pad(as_bytes, (0, self._more_inputs, 0, more_outputs)).view(FP8)
+        self.weight = torch.nn.Parameter(padded, requires_grad=False)
+        by_row = F.pad(scale.view(1, -1), (0, more_outputs))
+        self.register_buffer("float8_scale", by_row, persistent=False)
+        use_float8_weight(self, kind)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(batch, tokens, in) to (batch, tokens, out)."""
+        x = F.pad(input, (0, self._more_inputs)) if self._more_inputs else input.contiguous()
+        return linear(self, rows(x, 0, x.shape[1], True))[..., : self.out_features]
+
+
+def use_float8(encoder: Any) -> None:
+    """Let the linears of a Qwen3ForCausalLM's layers act through float8 weights."""
+    kind = encoder.get_input_embeddings().weight.dtype
+    found = {
+        name: module
+        for name, module in encoder.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.startswith("model.layers.")
+    }
+    for name, layer in found.items():
+        encoder.set_submodule(name, Float8Linear(layer, kind))
 
 
 class CudaGraphEncoder:

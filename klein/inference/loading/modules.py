@@ -14,13 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from klein.inference.acceleration.ops import round_rows
 from klein.inference.loading import single_file
-from klein.inference.loading.reader import Device, TensorFilter, Weights, exact, read
+from klein.inference.loading.reader import (
+    FILE_SCALE,
+    Device,
+    TensorFilter,
+    Weights,
+    exact,
+    read,
+)
 from klein.models.catalog import GB
 from klein.models.plan import Plan
 
 log = logging.getLogger(__name__)
 
+BY_ROW = {"quant_method": "bfl", "compute_dtype": "bfloat16"}
+"""What a part's configuration says of float8 rows."""
 OUT_LAYERS = (9, 18, 27)
 """Hidden states of the text encoder that FLUX.2-klein reads; what comes after them is not."""
 
@@ -55,9 +65,9 @@ def start_reading(plan: Plan, dtype: torch.dtype | None = None) -> dict[str, Wei
     folder, dtype = Path(plan.source), dtype or dtype_on(plan.device)
     one = ThreadPoolExecutor(1, thread_name_prefix="klein-weights")
     to, transformer_to = exact(plan.read_to), exact(plan.transformer_to)
-    encoder = layers_below(OUT_LAYERS[-1])
+    quantise_on = exact(plan.device) if plan.acceleration.has("float8_text") else None
     readers: dict[str, Callable[[], dict[str, Tensor]]] = {
-        "text_encoder": partial(read, folder / "text_encoder", to, dtype, encoder),
+        "text_encoder": partial(text_weights, folder / "text_encoder", to, dtype, quantise_on),
         "vae": partial(read, folder / "vae", to, dtype, everything),
         "transformer": partial(read, folder / "transformer", transformer_to, dtype, everything),
     }
@@ -95,6 +105,37 @@ def vae(folder: Path, device: Device, dtype: torch.dtype, weights: Weights | Non
     """The AutoencoderKLFlux2 in `folder` on `device`, for inference; raises as `_load`."""
     build = partial(_empty_diffusers, "AutoencoderKLFlux2", folder)
     return _load(folder, device, dtype, build, weights=weights)
+
+
+def text_weights(
+    folder: Path, device: Device, dtype: torch.dtype, quantise_on: Device | None
+) -> dict[str, Tensor]:
+    """What is used of a text encoder's tensors, on `device`; raises as `reader.read`.
+
+    With a device to `quantise_on` the linears' weights are float8 rows, the file's or made there,
+    and their scales come as `LAYER.float8_scale`. Without, a file's float8 weights become `dtype`,
+    multiplied out in float32.
+    """
+    tensors = read(folder, device, dtype, layers_below(OUT_LAYERS[-1]), keep_float8=True)
+    for name in [name for name in tensors if is_text_linear(name)]:
+        layer, weight = name.removesuffix(".weight"), tensors[name]
+        scale = tensors.pop(f"{layer}.{FILE_SCALE}", None)
+        if scale is None and weight.dtype == single_file.FLOAT8:
+            scale = torch.ones(len(weight), device=weight.device)
+        if quantise_on is None:
+            if scale is not None:
+                tensors[name] = (weight.float() * scale.view(-1, 1)).to(dtype)
+            continue
+        if scale is None:
+            values, scale = (part.to(weight.device) for part in round_rows(weight.to(quantise_on)))
+            tensors[name] = values
+        tensors[f"{layer}.{single_file.SCALE}"] = scale.view(1, -1)
+    return tensors
+
+
+def is_text_linear(name: str) -> bool:
+    """Whether a tensor of the text encoder is a weight that the float8 tiers quantise."""
+    return name.startswith("model.layers.") and name.endswith("_proj.weight")
 
 
 def text_encoder(
@@ -155,7 +196,7 @@ def _empty_diffusers(kind: str, folder: Path, recognised: bool = False) -> Any:
     made = getattr(diffusers, kind)
     config = dict(made.load_config(folder))
     if config.pop("quantization_config", None) and not recognised:
-        raise _quantised(kind)
+        raise _refused(kind)
     with _without_weights():
         return made.from_config(config)
 
@@ -165,7 +206,7 @@ def _empty_text_encoder(config: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     if getattr(config, "quantization_config", None):
-        raise _quantised("text encoder")
+        raise _refused("text encoder")
     with _without_weights():
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     model.model.norm = torch.nn.Identity()
@@ -181,7 +222,7 @@ def _without_weights() -> AbstractContextManager[None]:
     return made
 
 
-def _quantised(what: str) -> ValueError:
+def _refused(what: str) -> ValueError:
     return ValueError(f"this {what} is quantised: use the model's bfloat16 weights")
 
 

@@ -49,6 +49,9 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
+FILE_SCALE = "weight_scale"
+"""Last part of the name of a float8 weight's scales, in a file."""
+
 TensorFilter = Callable[[str], bool]
 """Whether the tensor of that name is to be read."""
 Device = torch.device | str
@@ -57,13 +60,19 @@ Weights = Future[dict[str, Tensor]]
 
 
 def read(
-    source: Path | Sequence[Path], device: Device, dtype: torch.dtype, wanted: TensorFilter
+    source: Path | Sequence[Path],
+    device: Device,
+    dtype: torch.dtype,
+    wanted: TensorFilter,
+    *,
+    keep_float8: bool = False,
 ) -> dict[str, Tensor]:
     """The wanted tensors of a folder of safetensors files, or of the files themselves, by name.
 
-    Each is contiguous memory of its own on `device`; those of a floating point type become `dtype`.
-    Nothing else is read, and shards with nothing wanted are not opened. Raises ValueError for a
-    file that is cut off or damaged, before its tensors are read, and OSError as the disk does.
+    Each is contiguous memory of its own on `device`; those of a floating point type become `dtype`,
+    but with `keep_float8` for float8 weights and their scales. Nothing else is read, and shards
+    with nothing wanted are not opened. Raises ValueError for a file that is cut off or damaged,
+    before its tensors are read, and OSError as the disk does.
     """
     device = exact(device)
     tensors: dict[str, Tensor] = {}
@@ -72,12 +81,17 @@ def read(
         if not wanted(entry.name):
             return ()
         stored = DTYPES[entry.dtype]
-        kind = dtype if stored.is_floating_point else stored
+        cast = stored.is_floating_point and not (keep_float8 and _is_quantised(entry))
+        kind = dtype if cast else stored
         tensors[entry.name] = torch.empty(entry.shape, dtype=kind, device=device)
         return (tensors[entry.name],)
 
     fill(_files(source, wanted), device, place)
     return tensors
+
+
+def _is_quantised(entry: Entry) -> bool:
+    return DTYPES[entry.dtype] == torch.float8_e4m3fn or entry.name.endswith(f".{FILE_SCALE}")
 
 
 def fill(files: Sequence[Path], device: Device, place: Callable[[Entry], Sequence[Tensor]]) -> None:

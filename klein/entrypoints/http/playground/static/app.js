@@ -170,6 +170,7 @@ function exchange(old, next, clicked) {
 /** Run `work` with the page busy, and show how it failed if it does. */
 async function whileBusy(work, again, kept = () => "") {
   busy(true);
+  gallery.mark(null);
   try {
     await work();
   } catch (error) {
@@ -250,6 +251,8 @@ const WAYS_OUT = {
   queue_full: ["The queue is full", "Others are drawing: try again in a moment."],
   not_ready: ["klein is not ready", "The model is still loading."],
   offline: ["klein does not answer", "Check that it runs and that you are online; your settings stay here."],
+  refused_by_filter: ["Refused by this server’s filter", null],
+  filter_failed: ["This server’s filter failed", null],
   unauthorized: ["This server wants a key", "Ask whoever runs it, then enter the key here."],
 };
 
@@ -338,6 +341,7 @@ async function take(file) {
 
 /** What of a dialog says which settings a file has. */
 function offer({ input: claimed, own, missing }, act) {
+  if (!claimed) return [h("p", {}, "klein drew it, on a server that keeps prompts and settings out of its files: it cannot be drawn again from this one.")];
   const [input, refused] = fitting(claimed, capabilities.request);
   if (!own) for (const lora of input.loras || []) lora.path = loras.known(lora.path);
   const lack = (text, names) => (names.length ? h("p", { class: "help" }, `${text}: ${names.join(", ")}.`) : null);

@@ -186,7 +186,7 @@ export class Edit {
       ),
     );
     const more = this.images.length < this.most
-      ? this.zone("References", `up to ${this.most}; the prompt calls them image 1, image 2 …`, true, (files) => this.addFiles(files))
+      ? this.zone("References", `up to ${this.most}, in the prompt image\u00a01, image\u00a02\u00a0…`, true, (files) => this.addFiles(files))
       : null;
     const size = this.images.length ? this.fields.reference_megapixels?.element : null;
     return [h("div", { class: "tiles" }, ...tiles), more, size].filter(Boolean);

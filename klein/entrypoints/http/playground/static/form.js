@@ -13,7 +13,7 @@ const RATIOS = ["1:1", "4:5", "2:3", "9:16", "5:4", "3:2", "16:9"];
 const PRESETS_NATIVE = 1024;
 const WRONG = ["badInput", "rangeOverflow", "rangeUnderflow"]; // klein rounds what lies between steps
 
-const words = (name) => (name[0].toUpperCase() + name.slice(1)).replaceAll("_", " ").replace(/\bhd\b/, "HD");
+const words = (name) => (name[0].toUpperCase() + name.slice(1)).replaceAll("_", " ").replace(/\bhd\b/, "HD").replace(/\blora\b/, "LoRA");
 
 export class Form {
   constructor(onchange) {

@@ -36,7 +36,6 @@ export class Gallery {
     for (const row of rows) row.time = Math.max(row.time, newest + 1);
     const ids = new Set(rows.map((row) => row.id)); // another tab may have drawn the same job
     this.rows = [...rows, ...this.rows.filter((row) => !ids.has(row.id))];
-    this.current = rows[0].id;
     const gone = store.surplus(this.rows).map((row) => row.id);
     this.rows = this.rows.filter((row) => !gone.includes(row.id));
     this.show();

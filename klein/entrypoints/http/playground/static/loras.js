@@ -120,7 +120,7 @@ export class Loras {
 
   elsewhere(done) {
     const input = h("input", {
-      id: "lora-path", maxlength: 2000, placeholder: "owner/repo, https://… or civitai:VERSION",
+      id: "lora-path", maxlength: 2000, placeholder: "owner/repo or https://…",
       onkeydown: (event) => event.key === "Enter" && (event.preventDefault(), use()),
     });
     const use = () => input.value.trim() && (this.add(input.value.trim()), done());

@@ -1,21 +1,32 @@
 // The settings inside an image: klein's own, or those of A1111 and its kin.
 
 const MAX_TEXT = 1e6;
+const EDGE = 1e5; // bytes at either end of a file, where its XMP is
 const ascii = (bytes) => String.fromCharCode(...bytes);
 
-/** What the parameters inside an image say, as of `settingsOf`; null without any that can be read. */
+/**
+ * What the parameters inside an image say, as of `settingsOf`; null without any that can be read.
+ * { own: true } alone is an image that klein drew where settings are kept out of files.
+ */
 export async function settingsIn(file) {
   try {
-    const text = await textOf(file);
-    return text && text.length <= MAX_TEXT ? settingsOf(text) : null;
+    const bytes = new Uint8Array(await file.arrayBuffer());
+    const text = await textOf(bytes);
+    if (!text) return isKleins(bytes) ? { own: true } : null;
+    return text.length <= MAX_TEXT ? settingsOf(text) : null;
   } catch {
     return null; // made up, or cut off
   }
 }
 
+/** Whether its XMP says that klein made it. */
+const isKleins = (bytes) =>
+  [bytes.subarray(0, EDGE), bytes.subarray(-EDGE)].some((part) =>
+    new TextDecoder("latin1").decode(part).includes('xmp:CreatorTool="klein '),
+  );
+
 /** The text of parameters in a PNG, JPEG or WebP, or null. */
-async function textOf(file) {
-  const bytes = new Uint8Array(await file.arrayBuffer());
+async function textOf(bytes) {
   if (ascii(bytes.subarray(1, 4)) === "PNG") return pngText(bytes);
   if (bytes[0] === 0xff && bytes[1] === 0xd8) return jpegText(bytes);
   if (ascii(bytes.subarray(0, 4)) === "RIFF") return webpText(bytes);
@@ -111,6 +122,7 @@ function exifText(tiff) {
 }
 
 const NEGATIVE = "\nNegative prompt: ";
+const MINIMAL = /^Steps: [^\n]*, Version: klein \S+$/;
 const NOT_INPUT = ["lora_reports", "images", "init_image", "mask", "extend"];
 const HELD = ["reference_megapixels", "strength", "mask_feather", "mask_padding"];
 
@@ -120,7 +132,8 @@ const HELD = ["reference_megapixels", "strength", "mask_feather", "mask_padding"
  */
 function settingsOf(text) {
   const own = text.match(/, klein: ("(?:[^"\\]|\\.)*")$/);
-  return own ? kleins(text, JSON.parse(JSON.parse(own[1]))) : foreign(text);
+  if (own) return kleins(text, JSON.parse(JSON.parse(own[1])));
+  return MINIMAL.test(text) ? { own: true } : foreign(text);
 }
 
 function kleins(text, input) {

@@ -26,7 +26,8 @@ const extension = (input) => ({ jpeg: "jpg", webp: "webp" })[input.output_format
 /** For a shell; a quoted here-document takes any text, and more of it than an argument may have. */
 function curl(input) {
   const auth = key.get() ? " \\\n  -H \"authorization: Bearer $API_KEY\"" : "";
-  return `curl -fsS -X POST ${server()}/generate -H 'content-type: application/json'${auth} \\
+  return `curl -fsS ${server()}/generate \\
+  -H 'content-type: application/json'${auth} \\
   -o image.${extension(input)} -d @- <<'JSON'
 ${json(input)}
 JSON`;

@@ -21,11 +21,15 @@ export function empty(examples, choose) {
       { class: "empty" },
       icon("image"),
       h("h2", {}, "Say what to draw"),
-      h("p", {}, "Write a prompt and press Draw or Ctrl-Enter, or begin with one of these. An image dropped anywhere on the page gives its settings back."),
+      h("p", {}, "Write a prompt and press Draw", h("span", { class: "hint" }, " or Ctrl-Enter"), ", or begin with one of these.",
+        h("span", { class: "hint" }, " An image dropped anywhere on the page gives its settings back.")),
       h("div", { class: "chips" }, ...examples.map((text) => button(text, () => choose(text), { class: "chip example" }))),
     ),
   );
 }
+
+/** A sentence with a capital, unless it begins with the name of a field or of klein. */
+const sentence = (text) => text.replace(/^(?!klein\b)[a-z]+(?= |[’'])/, (word) => word[0].toUpperCase() + word.slice(1));
 
 /** Why there is no image, and what to do about it; `kind` is `bad` or `canceled`. */
 export function failure(kind, title, message, ...actions) {
@@ -35,7 +39,7 @@ export function failure(kind, title, message, ...actions) {
       { class: `empty ${kind}` },
       icon(kind === "bad" ? "warn" : "x"),
       h("h2", {}, title),
-      h("p", { dir: "auto" }, message),
+      h("p", { dir: "auto" }, sentence(message)),
       h("div", { class: "row center" }, ...actions),
     ),
   );
