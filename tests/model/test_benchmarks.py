@@ -13,6 +13,7 @@ from klein.models.catalog import MODELS
 from tests.support import live
 
 
+@pytest.mark.long
 def test_tiers_side_by_side() -> None:
     """Stock and exact on the built-in model, in one table; exact draws stock's picture."""
     argv = ["-m", "benchmarks.tiers", "--rounds", "1", "--steps", "2", "--rank", "0"]

@@ -49,6 +49,7 @@ def _drawn(pipe: KleinPipeline, speed: str, **values: Any) -> GenerationResult:
     return pipe.generate(replace(job, params=replace(job.params, speed=speed)))
 
 
+@pytest.mark.long
 def test_a_request_draws_as_a_server_of_its_tier() -> None:
     """One that holds float8 copies and originals serves all tiers in any order, one without float8
     those without it, and LoRAs come and go: bit for bit."""

@@ -127,7 +127,9 @@ def test_variations_begin_at_the_picture(pair: tuple[KleinPipeline, Any]) -> Non
     assert result.images[0].image.tobytes() == alone.images[0].image.tobytes()
 
 
-@pytest.mark.parametrize("tier", ["exact", "fast", "turbo"])
+@pytest.mark.parametrize(
+    "tier", ["exact", *(pytest.param(each, marks=pytest.mark.long) for each in ("fast", "turbo"))]
+)
 def test_tiers_edit_alike(pair: tuple[KleinPipeline, Any], tiny_folder: Path, tier: str) -> None:
     """exact within 2 of 255 of eager; the others draw something near, and all are finite."""
     klein, _ = pair

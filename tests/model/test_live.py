@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import time
 import urllib.request
@@ -159,6 +160,7 @@ def test_runpods_local_run_and_http_give_the_same_pixels(
     assert _pixels(base64.b64decode(done["output"]["images"][0]["base64"])) == expected
 
 
+@pytest.mark.long
 def test_runpods_test_input(home: Path) -> None:
     """`--test_input "$(cat test_input.json)"` runs one job and exits with 0; a bad one with 1."""
     for text, code, says in (
@@ -263,6 +265,7 @@ def test_ctrl_c_ends_the_command_line(home: Path, tmp_path: Path) -> None:
     argv = ["python", "-m", "klein", "generate", "x", "-o", str(tmp_path / "a.png")]
     argv += ["--num-inference-steps", "100", "--width", "512", "--height", "512"]
     log = tmp_path / "log"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     with live.process(argv, live.environment(home), log) as running:
         _until(lambda: "drawing" in log.read_text() or running.poll() is not None)
         running.send_signal(2)

@@ -97,13 +97,15 @@ def _wrong(picture: torch.Tensor, expected: Row) -> Row:
     ("prompt", "told"),
     [
         ("make the hat green", {"hat_color": "green"}),
-        (
+        pytest.param(
             "change the background to yellow and give her sunglasses",
             {"background": "yellow", "glasses": "sunglasses"},
+            marks=pytest.mark.long,
         ),
-        (
+        pytest.param(
             "the same woman with black hair, in a purple hoodie",
             {"hair": "black", "wear_color": "purple"},
+            marks=pytest.mark.long,
         ),
     ],
 )

@@ -38,7 +38,10 @@ def test_prompts_are_followed(draw_nano: Draw) -> None:
     assert _colours(result, "background") == ["yellow"] * 2
 
 
-@pytest.mark.parametrize("background", ["blue", "green", "pink"])
+@pytest.mark.parametrize(
+    "background",
+    ["blue", *(pytest.param(each, marks=pytest.mark.long) for each in ("green", "pink"))],
+)
 def test_other_colours_are_other_pictures(draw_nano: Draw, background: str) -> None:
     """The same seed, another word."""
     result = draw_nano(prompt=f"a man with a red shirt on a {background} background", seed=2)

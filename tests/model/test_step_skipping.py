@@ -93,7 +93,7 @@ def apart(skipping: KleinPipeline, whole: KleinPipeline, **values: Any) -> float
         (15, "bfl"),
         (15, "linear"),
         (28, "linear"),
-        (75, 4.0),
+        pytest.param(75, 4.0, marks=pytest.mark.long),
         pytest.param(100, 8.0, marks=pytest.mark.long),
     ],
 )
