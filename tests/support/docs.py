@@ -211,7 +211,8 @@ def _seconds(tier: str, large: dict[str, str], small: dict[str, str]) -> tuple[s
     return f"{large[tier]} s", f"{small[tier]} s", f"{faster:.1f}"
 
 
-def _tiers() -> str:
+def _tiers(every: bool = True) -> str:
+    """Of all tiers, or of those only that were measured."""
     large, small = _measured(1024), _measured(512)
     return _table(
         ("tier", "images", "1024×1024", "512×512", "× stock", "needs"),
@@ -223,6 +224,7 @@ def _tiers() -> str:
                 _needs(tier),
             )
             for tier in speed.TIERS.values()
+            if every or tier.name in large
         ),
     )
 
@@ -369,6 +371,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "schedules": _schedules,
     "samplers": lambda: _named("sampler", ((row.name, row.doc) for row in SAMPLERS.values())),
     "tiers": _tiers,
+    "measured-tiers": lambda: _tiers(every=False),
     "cards": _cards,
     "options": _options,
     "settings": _settings,
