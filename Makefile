@@ -49,16 +49,16 @@ test: coverage model-tests
 check: lint test
 
 unit: $(VENV)/.test
-	$(QUIET) $(BIN)/python -m pytest -n 2 --dist loadfile $(LIGHT) $(T)
+	$(QUIET) $(BIN)/python -m pytest -n 3 --dist loadfile $(LIGHT) $(T)
 
 # The floor is in pyproject.toml; klein/inference is measured by no light test and left out.
 coverage: $(VENV)/.test
-	$(QUIET) $(BIN)/python -m coverage run -m pytest -n 2 --dist loadfile $(LIGHT) $(T)
+	$(QUIET) $(BIN)/python -m coverage run -m pytest -n 3 --dist loadfile $(LIGHT) $(T)
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
 model-tests: $(VENV)/.test
-	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal tests/model tests/bundle $(T)
+	$(QUIET) $(BIN)/python -m pytest -n 3 --dist worksteal tests/model tests/bundle $(T)
 
 long-tests: $(VENV)/.test
 	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal -m long tests/doors tests/model $(T)
