@@ -385,10 +385,8 @@ def _blaming(loras: JobLoras) -> Iterator[None]:
 def _levels(params: GenerationParams) -> tuple[float | None, tuple[float, ...]]:
     """mu, None where the noise levels are given, and the levels that are run through, with the 0
     after them."""
-    steps, start = (
-        params.num_inference_steps,
-        first_step(params.num_inference_steps, params.strength),
-    )
+    steps = params.num_inference_steps
+    start = first_step(steps, params.strength)
     if isinstance(params.schedule, tuple):
         return None, (*params.schedule, 0.0)[start:]
     mu = mu_of(params.schedule, sizes.tokens(params.width, params.height), steps)

@@ -80,13 +80,13 @@ def test_requests_leave_nothing_in_memory(host: str) -> None:
             connection.request("GET", "/ping")
             connection.getresponse().read()
         told = ask(host, "GET", "/worker")[2]
+        time.sleep(0.5)  # the server, too, closes the connection of that question
         return Held.by(told["pid"]), told["tasks"]
 
     with contextlib.closing(connection):
         (before, tasks), (after, tasks_after) = some(), some()
     assert (after.mb - before.mb) * 1e6 < REQUESTS * KEPT_BYTES
-    assert (after.threads, tasks_after) == (before.threads, tasks)
-    assert after.files <= before.files + 2  # a socket of the test before may still be closing
+    assert (after.files, after.threads, tasks_after) == (before.files, before.threads, tasks)
 
 
 def test_connections_without_a_request_are_few(host: str) -> None:

@@ -251,7 +251,7 @@ def _default(value: object) -> str:
         return "on" if value else "off"
     if isinstance(value, float):
         return f"{value:g}"
-    return str(value) if value else ""
+    return str(value) if value or value == 0 else ""
 
 
 def _openai_fields() -> str:

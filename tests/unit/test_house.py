@@ -46,12 +46,18 @@ except SystemExit:
 
 @pytest.mark.parametrize("argv", [["--help"], ["generate", "--help"]])
 def test_help_is_quick(argv: list[str]) -> None:
-    """Well under a second of CPU, also with all flags of a request and on a busy core."""
+    """Under half a second of CPU, also with all flags of a request; the best of three, since a core
+    that others share is slower."""
     script = CPU.format(argv=argv)
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert float(run.stdout.split("CPU")[1]) < 0.8
+    seconds = []
+    for _ in range(3):
+        run = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+        )
+        seconds.append(float(run.stdout.split("CPU")[1]))
+        if seconds[-1] < 0.5:
+            return
+    raise AssertionError(seconds)
 
 
 def test_light_modules_stay_light() -> None:
