@@ -90,6 +90,8 @@ class Plan:
 
 def plan(settings: Settings, machine: Machine) -> Plan:
     """The plan for these settings on this machine; raises ModelUnavailable with the way out."""
+    if known := catalog.known(settings.model_id):
+        _kind(settings, machine, known)  # before the Hub is asked for anything
     model = locate_model(settings)
     spec, notes, found = model.spec, model.notes, model.found
     device = machine.device(_kind(settings, machine, spec))
